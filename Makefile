@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv, and again when pyproject.toml or constraints.txt change. The package is installed
+# editable: what runs is always the code in the tree.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt Makefile
+
+.PHONY: demo test test-all check bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/digits.py
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/test.stamp
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf .venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+
+# torch first and alone: the packages that follow then find it there instead of choosing a build of their own.
+.venv/torch.stamp: $(INPUTS)
+	@echo "Setting up .venv; the first time this takes some minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch
+	@touch $@
+
+.venv/demo.stamp: .venv/torch.stamp
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	@touch $@
+
+.venv/test.stamp: .venv/torch.stamp
+	$(PIP) install -q -c constraints.txt -e '.[demo,test]'
+	@touch $@

@@ -1,0 +1,13 @@
+"""LAMB for PyTorch: large batches without losing accuracy.
+
+`Lamb` is the optimizer, `param_groups` sorts a model's parameters for it, `testing` holds what can be asserted of any LAMB.
+"""
+
+from importlib.metadata import version as _version
+
+from torchlamb import testing
+from torchlamb.groups import param_groups
+from torchlamb.lamb import Lamb
+
+__all__ = ["Lamb", "__version__", "param_groups", "testing"]
+__version__ = _version("torchlamb")

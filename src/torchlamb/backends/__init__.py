@@ -1,0 +1,45 @@
+"""What a backend is, and which one a bucket gets.
+
+A backend is a module that does the arithmetic of `torchlamb.rule` on a `Bucket`. Policy (clipping, skipping, which parameters
+step) stays above it: a backend only reads `bucket.grad_factor` and `bucket.skip`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchlamb.backends import foreach, single
+from torchlamb.bucket import Bucket
+
+
+class Backend(Protocol):
+    """The functions of a backend module. `sq_norms` is (rows, 2): sums of squares of the parameters and of their updates.
+
+    A backend may also have ``step(bucket, sq_norms)``, which does `accumulate` and `apply` at once for a bucket whose sums of
+    squares need no reduction between the two; that is where it can keep what it has in cache.
+    """
+
+    __name__: str
+
+    def grad_sq_norms(self, bucket: Bucket, out: Tensor) -> None:
+        """Write the sum of squares of each row's gradient, before `grad_factor`, to `out` (rows,)."""
+
+    def accumulate(self, bucket: Bucket, sq_norms: Tensor) -> None:
+        """Update the moments in place and write both sums of squares."""
+
+    def apply(self, bucket: Bucket, sq_norms: Tensor) -> None:
+        """Recompute the update from the stored moments and take ``lr * ratio * update`` from the parameters."""
+
+
+def resolve(group: dict[str, Any], device: torch.device) -> tuple[Backend, str]:
+    """Return the backend for a group's parameters on a device, and why it was chosen."""
+    if group["differentiable"]:
+        return single, "differentiable=True: autograd has to see every operation"
+    if group["foreach"] is not None:
+        return foreach if group["foreach"] else single, f"foreach={group['foreach']} was asked for"
+    if device.type == "cpu":
+        return single, "foreach=None: its cache-sized pieces were measured faster than foreach on a CPU"
+    return foreach, f"foreach=None: fewer launches than one tensor at a time on {device.type}"

@@ -1,0 +1,421 @@
+"""The optimizer: constructor, state and `step()`. Read this first.
+
+It decides what happens (which parameters, which options, whether a step is taken) and leaves the arithmetic to a backend, the
+rule to `torchlamb.rule`. It must not know how any backend computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_differentiable
+
+from torchlamb import rule
+from torchlamb.backends import Backend, resolve
+from torchlamb.bucket import Bucket, fill
+from torchlamb.options import SAME_IN_ALL_GROUPS, check
+from torchlamb.rule import Scalars
+from torchlamb.sharding import refuse_sharded
+
+Work = list[tuple[Backend, Bucket]]
+
+
+class _LastStep:
+    """What `trust_ratios` reads. An object of its own: what a compiled step assigns to an optimizer itself is lost."""
+
+    buckets: Sequence[tuple[list[int], Scalars, Tensor, Tensor | None]] = ()  # indices, scalars, sq_norms (rows, 2), skip
+
+
+class Lamb(Optimizer):
+    r"""Implements LAMB: layer-wise adaptive moments for batch training.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        u_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} + \lambda w_{t-1} \\
+        w_t &= w_{t-1} - \eta \frac{\phi(\|w_{t-1}\|)}{\|u_t\|} u_t
+
+    for every parameter tensor :math:`w` on its own. The ratio of norms is exactly 1 where either norm is 0; :math:`\phi` is the
+    identity unless `phi_bounds` is given. Words, order and meaning are those of :class:`torch.optim.AdamW` where it has them.
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of dicts that define parameter groups. Any floating-point
+            or complex dtype, any shape and strides.
+        lr: learning rate, the length of a step relative to the parameter's norm; a finite number >= 0, or a tensor with one
+            element (default: 1e-3)
+        betas: decay rates of the first and second moment, both in [0, 1) (default: (0.9, 0.999))
+        eps: added to the root of the second moment, >= 0 (default: 1e-6)
+        weight_decay: factor of the parameter in its own update, before the ratio is taken, >= 0 (default: 0.0)
+        bias_correction: divide the moments by 1 - beta^t (default: True)
+        layer_adaptation: multiply the update by the ratio; False gives AdamW with the decay inside. Never depends on
+            `weight_decay` (default: True)
+        grad_averaging: weigh the gradient in the first moment with 1 - beta1; with 1 if False (default: True)
+        phi_bounds: (low, high) between which the parameter's norm is clamped before the ratio is taken; the zero test comes
+            before (default: None)
+        trust_ratio_bounds: (low, high) between which the ratio is clamped (default: None)
+        blocks: cut each parameter along dim 0 into that many equal blocks with a norm and ratio each, for fused QKV matrices or
+            stacked experts; dim 0 must divide (default: 1)
+        grad_centralization: subtract from gradients of 3 or more dims (convolutions) their mean over every dim but the first
+            (default: False)
+        max_grad_norm: clip the norm over the gradients of all groups to this; None for never. A step whose gradients are not
+            all finite, or whose sum of squares overflows float32, is then skipped (default: None)
+        skip_nonfinite: skip such a step without clipping: parameters, moments and step counts stay (default: False)
+        master_weights: not available in this version
+        stochastic_rounding: not available in this version
+        state_dtype: not available in this version: moments are float32 for bf16 and fp16 parameters, the parameter's own dtype
+            otherwise
+        maximize: maximize the objective (default: False)
+        foreach: True for torch's multi-tensor operations, False for one tensor after the other, None for whichever is faster on
+            the device; `repr` says what is in use (default: None)
+        fused: True is not available in this version (default: None)
+        capturable: keep step counts on the device and read nothing back, for graph capture and `torch.compile`; the lr can then
+            be a tensor that is changed in place (default: False)
+        differentiable: let autograd run through `step()` (default: False)
+
+    `max_grad_norm`, `skip_nonfinite` and `differentiable` must be the same in all groups; everything else may differ.
+
+    State per parameter: `step` (0-dim float32), `exp_avg` and `exp_avg_sq` (the parameter's shape).
+
+    Raises:
+        TypeError: an argument of a wrong type
+        ValueError: an argument out of range, a parameter that `blocks` does not divide, groups that differ where they must not
+        RuntimeError: an implementation was asked for that cannot be had
+        NotImplementedError: an option that is not available yet, or a sharded parameter
+
+    Example:
+        >>> import torch, torchlamb
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torchlamb.Lamb(model.parameters(), lr=2e-3, weight_decay=0.01)
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+
+    Source: You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv 1904.00962, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        layer_adaptation: bool = True,
+        grad_averaging: bool = True,
+        phi_bounds: tuple[float, float] | None = None,
+        trust_ratio_bounds: tuple[float, float] | None = None,
+        blocks: int = 1,
+        grad_centralization: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "layer_adaptation": layer_adaptation,
+            "grad_averaging": grad_averaging,
+            "phi_bounds": phi_bounds,
+            "trust_ratio_bounds": trust_ratio_bounds,
+            "blocks": blocks,
+            "grad_centralization": grad_centralization,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        self._last = _LastStep()
+        super().__init__(params, check(defaults))
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss (default: None)
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient; nothing has changed then
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_step()
+        work = self._resolve()
+        skipped = self._guard(work)
+        sq_norms = [bucket.new_sq_norms() for _, bucket in work]
+        self._last.buckets = [(b.indices, b.scalars, rows, b.skip) for (_, b), rows in zip(work, sq_norms, strict=True)]
+        if skipped:
+            return loss
+        for (backend, bucket), rows in zip(work, sq_norms, strict=True):
+            bucket.advance_()
+            whole_step = getattr(backend, "step", None)
+            if whole_step is not None:
+                whole_step(bucket, rows)
+            else:
+                backend.accumulate(bucket, rows)
+                backend.apply(bucket, rows)
+        return loss
+
+    def trust_ratios(self) -> dict[str | int, Tensor]:
+        """Return the ratio |param| / |update| that each parameter's last step was multiplied by.
+
+        Returns:
+            By the parameter's name where names were given, else by its position in the optimizer: a tensor on its device, 0-dim,
+            or of shape (blocks,) where `blocks` > 1. NaN where the step was skipped. Parameters that had no gradient are left
+            out. Nothing is read back from the device.
+
+        Example:
+            >>> import torch, torchlamb
+            >>> model = torch.nn.Linear(4, 2, bias=False)
+            >>> optimizer = torchlamb.Lamb(model.named_parameters(), lr=0.1)
+            >>> model(torch.ones(8, 4)).sum().backward()
+            >>> optimizer.step()
+            >>> list(optimizer.trust_ratios())
+            ['weight']
+        """
+        names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        rows_of: dict[int, list[Tensor]] = {}
+        for indices, scalars, sq_norms, skip in self._last.buckets:
+            ratios = rule.trust_ratio(sq_norms, scalars)
+            if skip is not None:
+                ratios = torch.where(skip, torch.nan, ratios)
+            for index, ratio in zip(indices, ratios.unbind(), strict=True):
+                rows_of.setdefault(index, []).append(ratio)
+        return {
+            names[index] if names else index: rows[0] if len(rows) == 1 else torch.stack(rows)
+            for index, rows in sorted(rows_of.items())
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as in torch; options it leaves out are those of the constructor.
+
+        Raises:
+            TypeError, ValueError, RuntimeError, NotImplementedError: as the constructor does; nothing is added then.
+        """
+        if isinstance(param_group, dict):
+            options = check({**self.defaults, **{k: v for k, v in param_group.items() if k not in ("params", "param_names")}})
+            for name in SAME_IN_ALL_GROUPS:
+                if self.param_groups and options[name] != self.param_groups[0][name]:
+                    raise ValueError(
+                        f"{name} must be the same in all parameter groups, got {options[name]!r} after "
+                        f"{self.param_groups[0][name]!r}; set it in the constructor only"
+                    )
+            if not isinstance(param_group["params"], (Tensor, set)):
+                param_group["params"] = list(param_group["params"])
+                _check_params({**options, "params": param_group["params"]}, len(self.param_groups))
+            param_group.update(options)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict()` returned, keeping the precision of the moments.
+
+        torch casts all state to the parameter's dtype, which rounds float32 moments of bf16 parameters away. Hooks run as in
+        torch; a post hook already sees the moments in their own precision.
+
+        Raises:
+            ValueError: groups or their sizes differ; nothing has changed then
+        """
+        loaded: list[StateDict] = []
+
+        def last_pre_hook(_: Optimizer, state_dict: StateDict) -> None:
+            for group in state_dict["param_groups"]:
+                check({**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}})
+            loaded.append(state_dict)
+
+        def first_post_hook(_: Optimizer) -> None:
+            self._restore_precision(loaded[-1])
+
+        handles = [
+            self.register_load_state_dict_pre_hook(last_pre_hook),
+            self.register_load_state_dict_post_hook(first_post_hook, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last = _LastStep()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __repr__(self) -> str:
+        lines = ["Backends"]
+        for i, group in enumerate(self.param_groups):
+            for device in sorted({p.device for p in group["params"]}, key=str):
+                backend, why = resolve(group, device)
+                lines.append(f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})")
+        return super().__repr__().removesuffix(")") + "\n".join(lines) + "\n)"
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then leaves grad_scale and found_inf on the optimizer and calls step() whatever it found. Only where fused
+        # was asked for: Lightning refuses to clip gradients for optimizers that unscale by themselves.
+        return all(group["fused"] for group in self.param_groups)
+
+    def _check_step(self) -> None:
+        """Raise for what cannot be stepped, before anything changes."""
+        if torch.compiler.is_compiling():
+            return
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
+        for i, group in enumerate(self.param_groups):
+            _check_params(group, i)
+
+    def _resolve(self) -> Work:
+        """Sort the parameters that have gradients into buckets, creating their state where it is missing."""
+        work: Work = []
+        start = 0
+        for group in self.param_groups:
+            columns: list[list[Tensor]] = [[], [], [], [], []]
+            params, grads, exp_avgs, exp_avg_sqs, steps = columns
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
+            indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
+            start += len(group["params"])
+            scalars = Scalars.from_group(group)
+            rows = list(zip(*columns, strict=True))
+            for bucket in fill(scalars, rows, indices, blocks=group["blocks"], centralize=group["grad_centralization"]):
+                bucket.on_device = group["capturable"] or not all(step.is_cpu for step in bucket.steps)
+                bucket.grad_factor = -1.0 if group["maximize"] else 1.0
+                work.append((resolve(group, bucket.device)[0], bucket))
+        return work
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> bool:
+        """Fill five empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            step_device = _step_device(group, p)
+            if not state:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            elif state["step"].device != step_device:
+                state["step"] = state["step"].to(step_device)
+            params.append(p)
+            grads.append(p.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            steps.append(state["step"])
+        return False
+
+    def _guard(self, work: Work) -> bool:
+        """Set each bucket's gradient factor and skip flag. Return True where the host knows that nothing is to be stepped."""
+        max_grad_norm = self.param_groups[0]["max_grad_norm"]
+        # Set by torch.amp.GradScaler around step(), where `_step_supports_amp_scaling`.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        factor: Tensor | None = None if grad_scale is None else 1.0 / grad_scale.reshape(())
+        skip: Tensor | None = None if found_inf is None else found_inf.reshape(()) != 0
+        if work and _guarded(self.param_groups[0]):
+            sq_norm = _total_grad_sq_norm(work)
+            if factor is not None:
+                sq_norm = sq_norm * factor.to(sq_norm.device) ** 2
+            nonfinite = ~torch.isfinite(sq_norm)
+            skip = nonfinite if skip is None else nonfinite | skip.to(nonfinite.device)
+            if max_grad_norm is not None:
+                coefficient = rule.clip_coefficient(sq_norm, max_grad_norm)
+                factor = coefficient if factor is None else coefficient * factor.to(coefficient.device)
+        on_device = torch.compiler.is_compiling() or any(bucket.on_device for _, bucket in work)
+        host_knows = skip is not None and skip.is_cpu and not on_device
+        skipped = host_knows and skip is not None and bool(skip)
+        for _, bucket in work:
+            if factor is not None:
+                bucket.grad_factor = factor.to(bucket.device, bucket.dtype) * bucket.grad_factor
+            if skip is not None and (skipped or not host_knows):
+                bucket.skip = skip.to(bucket.device)
+        return skipped
+
+    def _restore_precision(self, state_dict: StateDict) -> None:
+        """Put back, from the dict that was loaded, what torch's cast to the parameter's dtype rounded."""
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, p in zip(saved_group["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if name == "step":
+                        step = torch.as_tensor(value, dtype=torch.float32)
+                        self.state[p][name] = step.to(_step_device(group, p))
+                    elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                        self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+
+def _guarded(group: dict[str, Any]) -> bool:
+    return group["max_grad_norm"] is not None or group["skip_nonfinite"]
+
+
+def _step_device(group: dict[str, Any], param: Tensor) -> torch.device:
+    # On the host, as in torch, unless only the device knows whether a step was taken.
+    on_device = group["capturable"] or group["fused"] or _guarded(group)
+    return param.device if on_device else torch.device("cpu")
+
+
+def _total_grad_sq_norm(work: Work) -> Tensor:
+    total: Tensor | None = None
+    for backend, bucket in work:
+        rows = torch.zeros(len(bucket), dtype=bucket.dtype, device=bucket.device)
+        backend.grad_sq_norms(bucket, rows)
+        total = rows.sum() if total is None else total + rows.sum().to(total.device)
+    assert total is not None
+    return total
+
+
+def _check_params(group: dict[str, Any], group_index: int) -> None:
+    """Raise if a parameter of the group, or its gradient, cannot be stepped."""
+    for name, p in _named(group, group_index):
+        if not isinstance(p, Tensor):
+            continue  # torch says what a parameter is
+        refuse_sharded(p, name)
+        if group["blocks"] != 1 and (p.dim() == 0 or p.shape[0] % group["blocks"]):
+            raise ValueError(f"blocks={group['blocks']} does not divide dim 0 of {name}, whose shape is {tuple(p.shape)}")
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"Lamb does not support sparse gradients, and that of {name} has layout {p.grad.layout}; build the embedding "
+                "with sparse=False"
+            )
+
+
+def _named(group: dict[str, Any], group_index: int) -> Iterator[tuple[str, Any]]:
+    names = group.get("param_names")
+    for i, p in enumerate(group["params"]):
+        if isinstance(p, tuple):
+            yield f"parameter {p[0]!r}", p[1]
+        else:
+            yield f"parameter {names[i]!r}" if names else f"parameter {i} of group {group_index}", p

@@ -1,0 +1,149 @@
+"""The options of a parameter group: what they may be, and what is said when they are not.
+
+Every option lives in `param_groups` as a plain bool, int, float, dtype or tuple, because checkpoints are read with
+``weights_only=True``. This room knows single groups and nothing of tensors' contents, state or stepping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# One guard decides for the whole step, and autograd sees all of it or nothing.
+SAME_IN_ALL_GROUPS = ("max_grad_norm", "skip_nonfinite", "differentiable")
+
+_UNBUILT = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None}
+
+
+def check(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group as plain Python values.
+
+    Raises:
+        TypeError: a value of a wrong type
+        ValueError: a value out of range, or two that contradict each other
+        RuntimeError: an implementation was asked for that cannot be had
+        NotImplementedError: an option that this version does not have yet
+    """
+    plain = {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
+    for name, default in _UNBUILT.items():
+        if plain[name] != default:
+            raise NotImplementedError(f"{name}={plain[name]!r} is not available in this version; leave it at {default}")
+    if plain["fused"]:
+        raise RuntimeError("fused=True: this version has no fused kernels; leave fused=None, or set foreach=True")
+    if plain["differentiable"] and plain["foreach"]:
+        raise RuntimeError("foreach=True cannot be differentiated; with differentiable=True leave foreach=None")
+    return plain
+
+
+def _fail(kind: type[Exception], name: str, wanted: str, value: object) -> Exception:
+    return kind(f"{name} must be {wanted}, got {value!r}")
+
+
+def _number(wanted: str, accept: Callable[[float], bool]) -> Callable[[str, Any], float]:
+    def check_number(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise _fail(TypeError, name, wanted, value)
+        if not accept(float(value)):
+            raise _fail(ValueError, name, wanted, value)
+        return float(value)
+
+    return check_number
+
+
+def _bounds(name: str, value: Any) -> tuple[float, float] | None:
+    wanted = "None or two numbers (low, high) with 0 <= low <= high and high > 0"
+    if value is None:
+        return None
+    low, high = _pair(name, value, wanted, _number(wanted, lambda x: x >= 0))
+    if not (low <= high and high > 0):
+        raise _fail(ValueError, name, wanted, value)
+    return low, high
+
+
+def _betas(name: str, value: Any) -> tuple[float, float]:
+    wanted = "two floats in [0, 1)"
+    return _pair(name, value, wanted, _number(wanted, lambda x: 0 <= x < 1))
+
+
+def _pair(name: str, value: Any, wanted: str, check_one: Callable[[str, Any], float]) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)):
+        raise _fail(TypeError, name, wanted, value)
+    if len(value) != 2:
+        raise _fail(ValueError, name, wanted, value)
+    return check_one(f"{name}[0]", value[0]), check_one(f"{name}[1]", value[1])
+
+
+def _lr(name: str, value: Any) -> float | Tensor:
+    wanted = "a finite number >= 0"
+    if not isinstance(value, Tensor):
+        return _number(wanted, _finite_from_0)(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}; set one lr per parameter group")
+    if value.is_complex():
+        raise _fail(TypeError, name, wanted, value)
+    if not value.is_meta and not _finite_from_0(value.item()):
+        raise _fail(ValueError, name, wanted, value)
+    return value
+
+
+def _blocks(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _fail(TypeError, name, "an int >= 1", value)
+    if value < 1:
+        raise _fail(ValueError, name, "an int >= 1", value)
+    return value
+
+
+def _max_grad_norm(name: str, value: Any) -> float | None:
+    wanted = "None or a finite number > 0"
+    return None if value is None else _number(wanted, lambda x: 0 < x < math.inf)(name, value)
+
+
+def _state_dtype(name: str, value: Any) -> torch.dtype | None:
+    if value is not None and not isinstance(value, torch.dtype):
+        raise _fail(TypeError, name, "None or a torch.dtype", value)
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _fail(TypeError, name, "True or False", value)
+    return value
+
+
+def _tristate(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
+
+
+def _finite_from_0(x: float) -> bool:
+    return 0 <= x < math.inf
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _lr,
+    "betas": _betas,
+    "eps": _number("a finite number >= 0", _finite_from_0),
+    "weight_decay": _number("a finite number >= 0", _finite_from_0),
+    "bias_correction": _flag,
+    "layer_adaptation": _flag,
+    "grad_averaging": _flag,
+    "phi_bounds": _bounds,
+    "trust_ratio_bounds": _bounds,
+    "blocks": _blocks,
+    "grad_centralization": _flag,
+    "max_grad_norm": _max_grad_norm,
+    "skip_nonfinite": _flag,
+    "master_weights": _flag,
+    "stochastic_rounding": _flag,
+    "state_dtype": _state_dtype,
+    "maximize": _flag,
+    "foreach": _tristate,
+    "fused": _tristate,
+    "capturable": _flag,
+    "differentiable": _flag,
+}
