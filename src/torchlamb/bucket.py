@@ -29,7 +29,8 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)  # never written
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already advanced when a backend sees them
+    steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already counting this step when a backend sees them
+    is_complex: bool = False  # the tensors' last dim holds real and imaginary parts
     on_device: bool = False  # step counts stay tensors: nothing may be read back by the host
     grad_factor: float | Tensor = 1.0  # sign, clip coefficient and loss scale in one; 0-dim where a tensor
     skip: Tensor | None = None  # 0-dim bool: keep every old value
@@ -39,6 +40,7 @@ class Bucket:
 
     @property
     def device(self) -> torch.device:
+        """The device that all rows share."""
         return self.params[0].device
 
     @property
@@ -50,11 +52,13 @@ class Bucket:
         """Return zeros of shape (rows, 2): sums of squares of the parameters and of their updates."""
         return torch.zeros(len(self), 2, dtype=self.dtype, device=self.device)
 
-    def advance_(self) -> None:
-        """Count this step, unless it is skipped. A parameter's blocks share its count."""
+    def begin_step_(self) -> None:
+        """Do what comes once per step and before a backend's arithmetic: count the step, and centralize the gradients."""
         for row, step in enumerate(self.steps):
-            if row == 0 or step is not self.steps[row - 1]:
+            if row == 0 or step is not self.steps[row - 1]:  # the blocks of a parameter share its count
                 step.add_(1 if self.skip is None else ~self.skip)
+        if self.scalars.grad_centralization:
+            self.grads = [rule.centralize(g.to(self.dtype), g.dim() - self.is_complex) for g in self.grads]
 
     def bias_factors(self) -> list[tuple[float | Tensor, float | Tensor]]:
         """Return the factors of `rule.bias_factors` for each row: host numbers, or 0-dim tensors if `on_device`."""
@@ -101,17 +105,14 @@ def fill(
     scalars: Scalars,
     tensors: Sequence[Sequence[Tensor]],  # per parameter: param, grad, exp_avg, exp_avg_sq, step
     indices: Sequence[int],
-    *,
     blocks: int,
-    centralize: bool,
 ) -> list[Bucket]:
     """Sort the parameters of one group into buckets of one device and one set of dtypes."""
     buckets: dict[tuple[object, ...], Bucket] = {}
     for index, (param, grad, exp_avg, exp_avg_sq, step) in zip(indices, tensors, strict=True):
-        if centralize:
-            grad = rule.centralize(grad.to(exp_avg.dtype))  # the mean of a bf16 gradient is taken in float32
         key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
-        bucket = buckets.setdefault(key, Bucket(scalars))
+        empty = Bucket(scalars, is_complex=param.is_complex(), grad_factor=-1.0 if scalars.maximize else 1.0)
+        bucket = buckets.setdefault(key, empty)
         for p, g, m, v in zip(*(_blocks(t, blocks) for t in (param, grad, exp_avg, exp_avg_sq)), strict=True):
             bucket.params.append(p)
             bucket.grads.append(g)
@@ -136,7 +137,7 @@ def pieces(*tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     in_order = [t.permute(order) for t in tensors]
     if not all(t.is_contiguous() for t in in_order):
         return [tensors]
-    return list(zip(*(t.view(-1).split(PIECE) for t in in_order), strict=True))
+    return list(zip(*(torch.split(t.view(-1), PIECE) for t in in_order), strict=True))
 
 
 def _blocks(tensor: Tensor, blocks: int) -> Sequence[Tensor]:

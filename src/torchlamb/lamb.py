@@ -173,7 +173,7 @@ class Lamb(Optimizer):
         if skipped:
             return loss
         for (backend, bucket), rows in zip(work, sq_norms, strict=True):
-            bucket.advance_()
+            bucket.begin_step_()
             whole_step = getattr(backend, "step", None)
             if whole_step is not None:
                 whole_step(bucket, rows)
@@ -186,9 +186,9 @@ class Lamb(Optimizer):
         """Return the ratio |param| / |update| that each parameter's last step was multiplied by.
 
         Returns:
-            By the parameter's name where names were given, else by its position in the optimizer: a tensor on its device, 0-dim,
-            or of shape (blocks,) where `blocks` > 1. NaN where the step was skipped. Parameters that had no gradient are left
-            out. Nothing is read back from the device.
+            By the parameter's name where names were given, else by its position in the optimizer: a tensor on its device, 0-dim
+            or, where `blocks` > 1, of shape (blocks,). NaN where the step was skipped. Parameters that had no gradient are
+            left out. Nothing is read back from the device.
 
         Example:
             >>> import torch, torchlamb
@@ -286,8 +286,12 @@ class Lamb(Optimizer):
         """Raise for what cannot be stepped, before anything changes."""
         if torch.compiler.is_compiling():
             return
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        if capturing and not all(group["capturable"] for group in self.param_groups):
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if (
+            initialized
+            and torch.cuda.is_current_stream_capturing()
+            and not all(group["capturable"] for group in self.param_groups)
+        ):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
         for i, group in enumerate(self.param_groups):
             _check_params(group, i)
@@ -302,11 +306,8 @@ class Lamb(Optimizer):
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
-            scalars = Scalars.from_group(group)
-            rows = list(zip(*columns, strict=True))
-            for bucket in fill(scalars, rows, indices, blocks=group["blocks"], centralize=group["grad_centralization"]):
+            for bucket in fill(Scalars.from_group(group), list(zip(*columns, strict=True)), indices, group["blocks"]):
                 bucket.on_device = group["capturable"] or not all(step.is_cpu for step in bucket.steps)
-                bucket.grad_factor = -1.0 if group["maximize"] else 1.0
                 work.append((resolve(group, bucket.device)[0], bucket))
         return work
 

@@ -34,6 +34,8 @@ class Scalars:
     bias_correction: bool
     layer_adaptation: bool
     grad_averaging: bool
+    grad_centralization: bool
+    maximize: bool
     phi_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
@@ -50,6 +52,8 @@ class Scalars:
             bias_correction=group["bias_correction"],
             layer_adaptation=group["layer_adaptation"],
             grad_averaging=group["grad_averaging"],
+            grad_centralization=group["grad_centralization"],
+            maximize=group["maximize"],
             phi_bounds=group["phi_bounds"],
             trust_ratio_bounds=group["trust_ratio_bounds"],
         )
@@ -126,14 +130,13 @@ def clip_coefficient(grad_sq_norm: Tensor, max_grad_norm: float) -> Tensor:
     return max_grad_norm / root(grad_sq_norm).clamp(min=max_grad_norm)
 
 
-def centralize(grad: Tensor) -> Tensor:
+def centralize(grad: Tensor, dims: int) -> Tensor:
     """Return `grad` less its mean over every dim but the first (arXiv 2004.01461), for convolution weights.
 
-    Only tensors of 3 or more dims are changed: those are the weights of convolutions, biases and matrices are left alone.
+    Only tensors of 3 or more dims are changed: those are the weights of convolutions; biases and matrices are left alone.
+    `dims` does not count the last one of complex tensors viewed as real pairs.
     """
-    if grad.dim() < 3:
-        return grad
-    return grad - grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True)
+    return grad - grad.mean(dim=tuple(range(1, dims)), keepdim=True) if dims >= 3 else grad
 
 
 def root(x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> None:
     """Take one step and assert LAMB's invariant: every adapted tensor moves by ``lr * |param|``.
 
-    It holds for every tensor with a gradient and two norms above 0, as long as nothing clamps norms or ratios and a parameter is
-    one block. Groups where `layer_adaptation` is False, bounds are set or `blocks` is not 1 are left out.
+    It holds for every tensor with a gradient and two norms above 0, as long as nothing clamps norms or ratios and a parameter
+    is one block. Groups where `layer_adaptation` is False, bounds are set or `blocks` is not 1 are left out.
 
     Args:
         optimizer: any LAMB, ready to step. Parameters of any floating-point dtype.
@@ -37,7 +37,7 @@ def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None
         for g, group in enumerate(optimizer.param_groups)
         for i, p in enumerate(group["params"])
     ]
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     for name, group, p, old in before:
         if not _is_adapted(group) or p.grad is None or not old.any():
             continue

@@ -43,16 +43,16 @@ def step(bucket: Bucket, sq_norms: Tensor) -> None:
         norms, updates = _accumulate(bucket, row, factors, keep=True)
         size = s.lr * rule.trust_ratio(norms, s)
         sq_norms[row] = norms.detach()
-        param_pieces = pieces(bucket.params[row])
-        # Backwards: the pieces that were walked last are still in cache.
-        for (p,), update in zip(reversed(param_pieces), reversed(updates), strict=True):
+        for p, update in reversed(updates):  # backwards: the pieces that were walked last are still in cache
             _subtract_(p, update, size, bucket.skip)
 
 
-def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """Update one row's moments. Return its (2,) sums of squares and, if `keep`, the update of each piece."""
+def _accumulate(
+    bucket: Bucket, row: int, factors: Sequence[float | Tensor], keep: bool
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Update one row's moments. Return its (2,) sums of squares and, if `keep`, each piece with its update."""
     s, dtype = bucket.scalars, bucket.dtype
-    updates: list[Tensor] = []
+    updates: list[tuple[Tensor, Tensor]] = []
     param_squares: list[Tensor] = []
     update_squares: list[Tensor] = []
     for p, g, m, v in pieces(bucket.params[row], bucket.grads[row], bucket.exp_avgs[row], bucket.exp_avg_sqs[row]):
@@ -67,7 +67,7 @@ def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], kee
         param_squares.append(param.square().sum())
         update_squares.append(update.square().sum())
         if keep:
-            updates.append(update)
+            updates.append((p, update))
     return torch.stack([rule.total(param_squares), rule.total(update_squares)]), updates
 
 

@@ -1,0 +1,151 @@
+"""The one case table: backends x dtypes x layouts x options, and the tensors they run on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchlamb
+from torchlamb.backends import foreach, single
+
+FRESH_SEED = int(os.environ.get("TORCHLAMB_TEST_SEED") or random.SystemRandom().randrange(2**31))
+SEEDS = [pytest.param(0, id="fixed"), pytest.param(FRESH_SEED, id="fresh")]
+
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+
+# float32: 2e-6 of the path walked; each step adds one rounding of the parameter.
+SHARE_OF_PATH = {torch.float64: 1e-12, torch.float32: 2e-6}
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+
+
+class BackendCase(NamedTuple):
+    name: str
+    options: dict[str, Any]
+    two_phase: bool  # accumulate and apply, as sharded buckets step, instead of the backend's own step()
+
+
+BACKENDS = [
+    BackendCase("single", {"foreach": False}, False),
+    BackendCase("single-two-phase", {"foreach": False}, True),
+    BackendCase("single-capturable", {"foreach": False, "capturable": True}, False),
+    BackendCase("foreach", {"foreach": True}, False),
+    BackendCase("foreach-two-phase", {"foreach": True}, True),
+    BackendCase("foreach-capturable", {"foreach": True, "capturable": True}, False),
+    BackendCase("foreach-capturable-two-phase", {"foreach": True, "capturable": True}, True),
+]
+BACKEND_PARAMS = [pytest.param(case, id=case.name) for case in BACKENDS]
+
+DEFAULTS = {
+    name: p.default
+    for name, p in inspect.signature(torchlamb.Lamb.__init__).parameters.items()
+    if name not in ("self", "params")
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "lr": {"lr": 0.1},
+    "lr-zero": {"lr": 0.0},
+    "lr-tensor": {"lr": torch.tensor(0.03, dtype=torch.float64)},
+    "betas-half": {"betas": (0.5, 0.5)},
+    "betas-zero": {"betas": (0.0, 0.9)},
+    "betas-long": {"betas": (0.99, 0.9999)},
+    "eps-zero": {"eps": 0.0},
+    "eps-large": {"eps": 1e-2},
+    "decay": {"weight_decay": 0.1},
+    "no-bias-correction": {"bias_correction": False, "weight_decay": 0.01},
+    "no-layer-adaptation": {"layer_adaptation": False, "weight_decay": 0.01},
+    "no-grad-averaging": {"grad_averaging": False},
+    "phi-bounds": {"phi_bounds": (0.5, 3.0)},
+    "trust-ratio-bounds": {"trust_ratio_bounds": (0.1, 1.0)},
+    "grad-centralization": {"grad_centralization": True},
+    "clip": {"max_grad_norm": 0.25},
+    "clip-inactive": {"max_grad_norm": 1e9},
+    "skip-nonfinite": {"skip_nonfinite": True},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "blocks": {"blocks": 2, "weight_decay": 0.1},
+    "everything": {
+        "lr": 0.02,
+        "betas": (0.8, 0.95),
+        "eps": 1e-4,
+        "weight_decay": 0.05,
+        "grad_averaging": False,
+        "phi_bounds": (0.1, 4.0),
+        "trust_ratio_bounds": (0.01, 2.0),
+        "blocks": 2,
+        "grad_centralization": True,
+        "max_grad_norm": 1.0,
+        "maximize": True,
+    },
+}
+
+
+def dense(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[..., Tensor] = torch.randn) -> Tensor:
+    return make(shape, dtype=torch.float64).to(dtype)
+
+
+def unaligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    numel = torch.Size(shape).numel()
+    return dense((numel + 1,), dtype)[1:].view(shape)
+
+
+def _layouts() -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
+    return {
+        "contiguous": lambda d: [dense((6, 5), d), dense((4, 3, 3, 2), d)],
+        "transposed": lambda d: [dense((5, 6), d).t(), dense((2, 4, 3), d).permute(1, 2, 0)],
+        "channels-last": lambda d: [dense((4, 3, 5, 2), d).to(memory_format=torch.channels_last)],
+        "strided": lambda d: [dense((6, 10), d)[:, ::2], dense((12,), d)[::3]],
+        # With pieces of 16 elements and batches of 40, as in `small_pieces`:
+        "pieces": lambda d: [dense((7, 11), d), dense((11, 7), d).t(), dense((33, 2), d)[:, :1], dense((3, 16), d)],
+        "complex": lambda d: [torch.complex(dense((4, 3), d), dense((4, 3), d)), torch.complex(dense((2, 2, 2), d), dense((2, 2, 2), d))],
+    }
+
+
+LAYOUTS = _layouts()
+
+
+def make_params(layout: str, dtype: torch.dtype, options: dict[str, Any]) -> dict[str, torch.nn.Parameter]:
+    """The layout's tensors, and those every fixture holds: dead, empty, 0-dim, zero, still and unaligned ones."""
+    tensors = {f"{layout}{i}": t for i, t in enumerate(LAYOUTS[layout](dtype))}
+    tensors |= {
+        "dead": dense((2,), dtype),
+        "empty": dense((0, 3), dtype),
+        "zero": dense((4, 2), dtype, torch.zeros),
+        "unaligned": unaligned((2, 17), dtype),
+        "late": dense((6,), dtype),  # its first gradient comes at step 4
+    }
+    if options.get("eps") != 0:  # without eps, gradients of 0 are 0/0
+        tensors["still"] = dense((4,), dtype)
+    if options.get("blocks", 1) == 1:  # blocks cut dim 0, which a 0-dim tensor does not have
+        tensors["scalar"] = dense((), dtype)
+    return {name: torch.nn.Parameter(t) for name, t in tensors.items()}
+
+
+def set_grads(params: dict[str, torch.nn.Parameter], step: int) -> None:
+    """Random gradients of very different sizes; from step 8 on, in another layout than the parameter's."""
+    for i, (name, p) in enumerate(params.items()):
+        if name == "dead" or (name == "late" and step < 4):
+            continue
+        scale = 0.0 if name == "still" else 10.0 ** (i % 4 - 2)
+        grad = (torch.randn(p.shape, dtype=torch.promote_types(p.dtype, torch.float64)) * scale).to(p.dtype)
+        like = torch.empty_like(p) if step < 8 else torch.empty(p.shape, dtype=p.dtype)
+        p.grad = like.copy_(grad)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walk small tensors as large ones are walked."""
+    monkeypatch.setattr("torchlamb.bucket.PIECE", 16)
+    monkeypatch.setattr("torchlamb.backends.foreach.BATCH", 40)
+
+
+def use_two_phases(monkeypatch: pytest.MonkeyPatch, case: BackendCase) -> None:
+    if case.two_phase:
+        monkeypatch.delattr(foreach, "step")
+        monkeypatch.delattr(single, "step")

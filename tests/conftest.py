@@ -1,0 +1,31 @@
+"""What all tests share: the printed seed, and a summary of the largest numeric errors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from cases import FRESH_SEED, small_pieces  # noqa: F401
+
+_shares: dict[tuple[str, str], float] = defaultdict(float)
+
+
+@pytest.fixture
+def record_share(request: pytest.FixtureRequest):
+    """Record an error as a share of its tolerance, by backend and dtype, for the summary."""
+
+    def record(backend: str, dtype: str, share: float) -> None:
+        _shares[backend, dtype] = max(_shares[backend, dtype], share)
+
+    return record
+
+
+def pytest_report_header() -> str:
+    return f"fresh seed: {FRESH_SEED} (set TORCHLAMB_TEST_SEED to repeat)"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _shares:
+        terminalreporter.section("largest error as a share of its tolerance")
+        for (backend, dtype), share in sorted(_shares.items()):
+            terminalreporter.write_line(f"{backend:30s} {dtype:10s} {share:.3f}")

@@ -1,0 +1,76 @@
+"""The LAMB rule in float64 NumPy, from the paper (arXiv 1904.00962, algorithm 2) and the documented options.
+
+It shares no code with the library and knows no torch: the tests compare with this, never with ourselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Reference:
+    """Real and complex arrays, stepped one by one. `options` holds, per parameter, the keyword arguments of `Lamb`."""
+
+    def __init__(self, params: list[Array], options: list[dict[str, Any]], store: Callable[[Array], Array] = lambda w: w) -> None:
+        self.params = [_real(p) for p in params]
+        self.options = options
+        self.store = store  # how a parameter is rounded when it is written
+        self.step_counts = [0] * len(params)
+        self.exp_avgs = [np.zeros_like(p) for p in self.params]
+        self.exp_avg_sqs = [np.zeros_like(p) for p in self.params]
+        self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
+        self.walked = [np.zeros_like(p) for p in self.params]  # sum over the steps of |w|
+        self.ratios: list[list[float]] = [[] for _ in params]
+
+    def step(self, grads: list[Array | None]) -> bool:
+        """Return whether the step was taken."""
+        guard = self.options[0]
+        with np.errstate(all="ignore"):
+            grad_sq = sum(float(np.square(_real(g)).sum()) for g in grads if g is not None)
+        clip = 1.0
+        if guard["max_grad_norm"] is not None or guard["skip_nonfinite"]:
+            if not np.isfinite(np.float32(grad_sq)):
+                return False
+            if guard["max_grad_norm"] is not None and grad_sq > 0:
+                clip = min(1.0, guard["max_grad_norm"] / grad_sq**0.5)
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                self._step_one(i, grad, clip)
+        return True
+
+    def _step_one(self, i: int, grad: Array, clip: float) -> None:
+        o = self.options[i]
+        if o["grad_centralization"] and grad.ndim >= 3:
+            grad = grad - grad.mean(axis=tuple(range(1, grad.ndim)), keepdims=True)
+        g = _real(grad) * clip * (-1.0 if o["maximize"] else 1.0)
+        (beta1, beta2), t = o["betas"], self.step_counts[i] + 1
+        m = beta1 * self.exp_avgs[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * g
+        v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
+        m_hat = m / (1 - beta1**t) if o["bias_correction"] else m
+        v_hat = v / (1 - beta2**t) if o["bias_correction"] else v
+        w = self.params[i]
+        u = m_hat / (np.sqrt(v_hat) + o["eps"]) + o["weight_decay"] * w
+        new, self.ratios[i] = w.copy(), []
+        for block in np.split(np.arange(len(w)), o["blocks"]) if o["blocks"] > 1 else [...]:
+            ratio = _trust_ratio(np.sqrt(np.square(w[block]).sum()), np.sqrt(np.square(u[block]).sum()), o)
+            new[block] = w[block] - o["lr"] * ratio * u[block]
+            self.ratios[i].append(ratio)
+        new = self.store(new)
+        self.paths[i] += np.abs(new - w)
+        self.walked[i] += np.abs(w)
+        self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i], self.step_counts[i] = new, m, v, t
+
+
+def _trust_ratio(param_norm: float, update_norm: float, o: dict[str, Any]) -> float:
+    if param_norm == 0 or update_norm == 0 or not o["layer_adaptation"]:
+        return 1.0
+    ratio = np.clip(param_norm, *(o["phi_bounds"] or (0, np.inf))) / update_norm
+    return float(np.clip(ratio, *(o["trust_ratio_bounds"] or (0, np.inf))))
+
+
+def _real(a: Array) -> Array:
+    a = np.array(a, dtype=np.complex128 if np.iscomplexobj(a) else np.float64)
+    return np.stack([a.real, a.imag], axis=-1) if np.iscomplexobj(a) else a

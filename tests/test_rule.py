@@ -1,0 +1,121 @@
+"""Every backend, dtype, layout and option against the float64 reference, over 20 steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import (
+    BACKEND_PARAMS,
+    DEFAULTS,
+    DTYPES,
+    LAYOUTS,
+    OPTIONS,
+    ROUNDING,
+    SEEDS,
+    SHARE_OF_PATH,
+    BackendCase,
+    make_params,
+    set_grads,
+    use_two_phases,
+)
+from reference import Reference
+from torch import Tensor
+
+import torchlamb
+
+STEPS = 20
+
+
+def to_numpy(t: Tensor) -> np.ndarray:
+    return t.detach().to(torch.promote_types(t.dtype, torch.float64)).numpy()
+
+
+def round_to_bf16(a: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(a).bfloat16().double().numpy()
+
+
+def real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def run(case: BackendCase, dtype: torch.dtype, layout: str, options: dict[str, Any], seed: int) -> tuple[Reference, list[Tensor]]:
+    torch.manual_seed(seed)
+    params = make_params(layout, dtype, options)
+    reference_options = {**DEFAULTS, **options, "lr": float(options.get("lr", DEFAULTS["lr"]))}
+    reference = Reference(
+        [to_numpy(p) for p in params.values()],
+        [reference_options] * len(params),
+        store=round_to_bf16 if dtype == torch.bfloat16 else lambda w: w,
+    )
+    optimizer = torchlamb.Lamb(params.items(), **{**options, **case.options})
+    for step in range(STEPS):
+        set_grads(params, step)
+        grads = {name: None if p.grad is None else p.grad.clone() for name, p in params.items()}
+        assert reference.step([None if g is None else to_numpy(g) for g in grads.values()])
+        optimizer.step()
+        for name, p in params.items():
+            assert (p.grad is None) == (grads[name] is None)
+            assert p.grad is None or torch.equal(p.grad, grads[name]), f"the gradient of {name} was written"
+    check_ratios(optimizer, dict(zip(params, reference.ratios, strict=True)), dtype)
+    return reference, list(params.values())
+
+
+def check_ratios(optimizer: torchlamb.Lamb, expected: dict[str, list[float]], dtype: torch.dtype) -> None:
+    ratios = optimizer.trust_ratios()
+    assert set(ratios) == {name for name, values in expected.items() if values}
+    for name, ratio in ratios.items():
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        assert ratio.reshape(-1).tolist() == pytest.approx(expected[name], rel=tolerance), name
+
+
+def check(reference: Reference, params: list[Tensor], dtype: torch.dtype) -> float:
+    """Assert the tolerances of docs/design.md and return the largest error as a share of them."""
+    if dtype == torch.bfloat16:
+        return check_bf16(reference, params)
+    shares = [0.0]
+    for w, path, walked, p in zip(reference.params, reference.paths, reference.walked, params, strict=True):
+        error = np.abs(real(p.detach()).double().numpy() - w)
+        tolerance = SHARE_OF_PATH[dtype] * path + ROUNDING[dtype] * walked
+        assert np.all(error <= tolerance), f"{p.shape}: {np.max(error / np.where(tolerance > 0, tolerance, 1e-300))} x tolerance"
+        shares += [float(np.max(error / np.where(tolerance > 0, tolerance, 1), initial=0))]
+    return max(shares)
+
+
+def check_bf16(reference: Reference, params: list[Tensor]) -> float:
+    def ordered(t: Tensor) -> Tensor:
+        bits = t.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    wanted = [torch.from_numpy(w).bfloat16() for w in reference.params]
+    ulps = torch.cat([(ordered(real(p.detach())) - ordered(w)).abs().flatten() for p, w in zip(params, wanted, strict=True)])
+    share = (ulps > 1).double().mean().item() / 1e-3
+    assert share <= 1, f"{share * 0.1:.3f} % of the elements are more than one ulp off"
+    return share
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+def test_options(case, dtype, options, seed, monkeypatch, record_share):
+    use_two_phases(monkeypatch, case)
+    reference, params = run(case, dtype, "contiguous", options, seed)
+    record_share(case.name, str(dtype), check(reference, params, dtype))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+@pytest.mark.usefixtures("small_pieces")
+def test_layouts(case, dtype, layout, seed, monkeypatch, record_share):
+    if layout == "complex" and dtype == torch.bfloat16:
+        pytest.skip("torch has no complex bfloat16")
+    use_two_phases(monkeypatch, case)
+    options = {"weight_decay": 0.1, "grad_centralization": True, "max_grad_norm": 5.0}
+    reference, params = run(case, dtype, layout, options, seed)
+    record_share(case.name, str(dtype), check(reference, params, dtype))
