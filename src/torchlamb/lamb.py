@@ -295,6 +295,7 @@ class Lamb(Optimizer):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
         for i, group in enumerate(self.param_groups):
             _check_params(group, i)
+            _check_grads(group, i)
 
     def _resolve(self) -> Work:
         """Sort the parameters that have gradients into buckets, creating their state where it is missing."""
@@ -399,13 +400,17 @@ def _total_grad_sq_norm(work: Work) -> Tensor:
 
 
 def _check_params(group: dict[str, Any], group_index: int) -> None:
-    """Raise if a parameter of the group, or its gradient, cannot be stepped."""
+    """Raise if a parameter of the group cannot be stepped."""
     for name, p in _named(group, group_index):
         if not isinstance(p, Tensor):
             continue  # torch says what a parameter is
         refuse_sharded(p, name)
         if group["blocks"] != 1 and (p.dim() == 0 or p.shape[0] % group["blocks"]):
             raise ValueError(f"blocks={group['blocks']} does not divide dim 0 of {name}, whose shape is {tuple(p.shape)}")
+
+
+def _check_grads(group: dict[str, Any], group_index: int) -> None:
+    for name, p in _named(group, group_index):
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"Lamb does not support sparse gradients, and that of {name} has layout {p.grad.layout}; build the embedding "
