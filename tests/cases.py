@@ -103,7 +103,10 @@ def _layouts() -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
         "strided": lambda d: [dense((6, 10), d)[:, ::2], dense((12,), d)[::3]],
         # With pieces of 16 elements and batches of 40, as in `small_pieces`:
         "pieces": lambda d: [dense((7, 11), d), dense((11, 7), d).t(), dense((33, 2), d)[:, :1], dense((3, 16), d)],
-        "complex": lambda d: [torch.complex(dense((4, 3), d), dense((4, 3), d)), torch.complex(dense((2, 2, 2), d), dense((2, 2, 2), d))],
+        "complex": lambda d: [
+            torch.complex(dense((4, 3), d), dense((4, 3), d)),
+            torch.complex(dense((2, 2, 2), d), dense((2, 2, 2), d)),
+        ],
     }
 
 
@@ -142,6 +145,7 @@ def set_grads(params: dict[str, torch.nn.Parameter], step: int) -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk small tensors as large ones are walked."""
     monkeypatch.setattr("torchlamb.bucket.PIECE", 16)
+    monkeypatch.setattr("torchlamb.backends.single.PIECE", 16)
     monkeypatch.setattr("torchlamb.backends.foreach.BATCH", 40)
 
 

@@ -14,7 +14,9 @@ Array = np.ndarray[Any, Any]
 class Reference:
     """Real and complex arrays, stepped one by one. `options` holds, per parameter, the keyword arguments of `Lamb`."""
 
-    def __init__(self, params: list[Array], options: list[dict[str, Any]], store: Callable[[Array], Array] = lambda w: w) -> None:
+    def __init__(
+        self, params: list[Array], options: list[dict[str, Any]], store: Callable[[Array], Array] = lambda w: w
+    ) -> None:
         self.params = [_real(p) for p in params]
         self.options = options
         self.store = store  # how a parameter is rounded when it is written

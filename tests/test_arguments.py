@@ -70,9 +70,7 @@ def test_foreach_cannot_be_differentiable():
         torchlamb.Lamb([parameter(2)], foreach=True, differentiable=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("differentiable", True)]
-)
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("differentiable", True)])
 def test_options_that_must_be_the_same_in_all_groups(name, value):
     with pytest.raises(ValueError, match=f"{name} must be the same in all parameter groups"):
         torchlamb.Lamb([{"params": [parameter(1)]}, {"params": [parameter(1)], name: value}])

@@ -29,7 +29,8 @@ def test_compiled_step(foreach, options):
     compiled_params, eager_params = make_params(), make_params()
     lr = torch.tensor(0.01)
     optimizers = [
-        torchlamb.Lamb(params, lr=lr, weight_decay=0.1, foreach=foreach, **options) for params in (compiled_params, eager_params)
+        torchlamb.Lamb(params, lr=lr, weight_decay=0.1, foreach=foreach, **options)
+        for params in (compiled_params, eager_params)
     ]
     compiled = torch.compile(optimizers[0].step)
     for step in range(5):

@@ -42,7 +42,9 @@ def real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
-def run(case: BackendCase, dtype: torch.dtype, layout: str, options: dict[str, Any], seed: int) -> tuple[Reference, list[Tensor]]:
+def run(
+    case: BackendCase, dtype: torch.dtype, layout: str, options: dict[str, Any], seed: int
+) -> tuple[Reference, list[Tensor]]:
     torch.manual_seed(seed)
     params = make_params(layout, dtype, options)
     reference_options = {**DEFAULTS, **options, "lr": float(options.get("lr", DEFAULTS["lr"]))}
@@ -80,7 +82,9 @@ def check(reference: Reference, params: list[Tensor], dtype: torch.dtype) -> flo
     for w, path, walked, p in zip(reference.params, reference.paths, reference.walked, params, strict=True):
         error = np.abs(real(p.detach()).double().numpy() - w)
         tolerance = SHARE_OF_PATH[dtype] * path + ROUNDING[dtype] * walked
-        assert np.all(error <= tolerance), f"{p.shape}: {np.max(error / np.where(tolerance > 0, tolerance, 1e-300))} x tolerance"
+        assert np.all(error <= tolerance), (
+            f"{p.shape}: {np.max(error / np.where(tolerance > 0, tolerance, 1e-300))} x tolerance"
+        )
         shares += [float(np.max(error / np.where(tolerance > 0, tolerance, 1), initial=0))]
     return max(shares)
 

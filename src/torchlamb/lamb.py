@@ -6,7 +6,7 @@ rule to `torchlamb.rule`. It must not know how any backend computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchlamb.backends import Backend, resolve
 from torchlamb.bucket import Bucket, fill
 from torchlamb.options import SAME_IN_ALL_GROUPS, check
 from torchlamb.rule import Scalars
-from torchlamb.sharding import refuse_sharded
+from torchlamb.sharding import why_refused
 
 Work = list[tuple[Backend, Bucket]]
 
@@ -401,27 +401,30 @@ def _total_grad_sq_norm(work: Work) -> Tensor:
 
 def _check_params(group: dict[str, Any], group_index: int) -> None:
     """Raise if a parameter of the group cannot be stepped."""
-    for name, p in _named(group, group_index):
+    blocks = group["blocks"]
+    for i, p in enumerate(group["params"]):
+        p = p[1] if isinstance(p, tuple) else p
         if not isinstance(p, Tensor):
             continue  # torch says what a parameter is
-        refuse_sharded(p, name)
-        if group["blocks"] != 1 and (p.dim() == 0 or p.shape[0] % group["blocks"]):
-            raise ValueError(f"blocks={group['blocks']} does not divide dim 0 of {name}, whose shape is {tuple(p.shape)}")
+        reason = why_refused(p)
+        if reason is not None:
+            raise NotImplementedError(f"{_name(group, group_index, i)} {reason}")
+        if blocks != 1 and (p.dim() == 0 or p.shape[0] % blocks):
+            name = _name(group, group_index, i)
+            raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {tuple(p.shape)}")
 
 
 def _check_grads(group: dict[str, Any], group_index: int) -> None:
-    for name, p in _named(group, group_index):
+    for i, p in enumerate(group["params"]):
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
-                f"Lamb does not support sparse gradients, and that of {name} has layout {p.grad.layout}; build the embedding "
-                "with sparse=False"
+                f"Lamb does not support sparse gradients, and that of {_name(group, group_index, i)} has layout "
+                f"{p.grad.layout}; build the embedding with sparse=False"
             )
 
 
-def _named(group: dict[str, Any], group_index: int) -> Iterator[tuple[str, Any]]:
-    names = group.get("param_names")
-    for i, p in enumerate(group["params"]):
-        if isinstance(p, tuple):
-            yield f"parameter {p[0]!r}", p[1]
-        else:
-            yield f"parameter {names[i]!r}" if names else f"parameter {i} of group {group_index}", p
+def _name(group: dict[str, Any], group_index: int, i: int) -> str:
+    p = group["params"][i]
+    if isinstance(p, tuple):
+        return f"parameter {p[0]!r}"
+    return f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter {i} of group {group_index}"

@@ -59,11 +59,14 @@ class Scalars:
         )
 
 
-def moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
-    """Return the next first and second moment. All tensors have one shape and dtype."""
-    # lerp computes m + (1 - beta1)(g - m) with 1 - beta1 in float64: `1 - 0.999` in float32 is off by 5e-5.
-    next_exp_avg = exp_avg.lerp(grad, 1 - s.beta1) if s.grad_averaging else exp_avg * s.beta1 + grad
-    return next_exp_avg, (exp_avg_sq * s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
+def advance_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> None:
+    """Bring the first and second moment to the next step, in place. All tensors have one shape and dtype."""
+    if s.grad_averaging:
+        # m + (1 - beta1)(g - m), with 1 - beta1 from float64: `1 - 0.999` in float32 is off by 5e-5.
+        exp_avg.lerp_(grad, 1 - s.beta1)
+    else:
+        exp_avg.mul_(s.beta1).add_(grad)
+    exp_avg_sq.mul_(s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
 
 
 def bias_factors(step: float | Tensor, s: Scalars) -> tuple[float | Tensor, float | Tensor]:

@@ -11,15 +11,14 @@ import sys
 from torch import Tensor
 
 
-def refuse_sharded(param: Tensor, name: str) -> None:
-    """Raise NotImplementedError if `param` is a shard of a larger tensor that can be recognised as one."""
+def why_refused(param: Tensor) -> str | None:
+    """Return what is said of a parameter that can be recognised as a shard of a larger tensor, None of any other."""
     dtensor = sys.modules.get("torch.distributed.tensor")
     if dtensor is not None and isinstance(param, dtensor.DTensor):
-        raise NotImplementedError(
-            f"{name} is a DTensor, and this version steps whole tensors only: give Lamb the parameters of an unsharded model"
-        )
+        return "is a DTensor, and this version steps whole tensors only: give Lamb the parameters of an unsharded model"
     if hasattr(param, "_fsdp_flattened"):
-        raise NotImplementedError(
-            f"{name} is a flat parameter of FullyShardedDataParallel, in which the layers that LAMB adapts are no longer "
+        return (
+            "is a flat parameter of FullyShardedDataParallel, in which the layers that LAMB adapts are no longer "
             "recognisable: give Lamb the parameters of an unsharded model"
         )
+    return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import Bucket, pieces
+from torchlamb.bucket import Bucket, cast, pieces
 
 BATCH = 2**24  # elements stepped at once; two float32 temporaries of it are 128 MiB
 
@@ -107,4 +107,4 @@ def _store_(old: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], skip: Ten
 
 
 def _cast(tensors: list[Tensor] | tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
-    return [t.to(dtype) for t in tensors]
+    return [cast(t, dtype) for t in tensors]

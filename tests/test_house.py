@@ -1,0 +1,141 @@
+"""The house itself: imports run one way, the documentation says what the code does, examples run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchlamb
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src" / "torchlamb").rglob("*.py"))
+MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
+
+# A module may import those on the lines above its own. `backends` is the protocol, above its two implementations.
+ORDER = [
+    ["torchlamb.rule", "torchlamb.options"],
+    ["torchlamb.sharding"],
+    ["torchlamb.bucket"],
+    ["torchlamb.backends.single", "torchlamb.backends.foreach"],
+    ["torchlamb.backends"],
+    ["torchlamb.lamb"],
+    ["torchlamb.groups", "torchlamb.testing"],
+    ["torchlamb"],
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_imports_run_one_way():
+    rank = {name: i for i, names in enumerate(ORDER) for name in names}
+    assert set(rank) == set(MODULES)
+    for name, path in zip(MODULES, SOURCES, strict=True):
+        inside = {found for found in imports_of(path) if found in rank and found != "torchlamb"}
+        wrong = {found for found in inside - {name} if rank[found] >= rank[name]}
+        assert not wrong, f"{name} imports {wrong}"
+        outside = {found.split(".")[0] for found in imports_of(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "torchlamb", "__future__"}, f"{name} imports {outside}"
+        if name != "torchlamb.sharding":
+            assert not any(found.startswith("torch.distributed") for found in imports_of(path)), name
+
+
+def test_importing_does_nothing_else():
+    code = """
+import json, sys, torch
+before = set(sys.modules)
+import torchlamb
+new = {name for name in set(sys.modules) - before if not name.startswith("torchlamb")}
+print(json.dumps([sorted(new), torch.cuda.is_initialized(), torch.get_num_threads()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    new, cuda, _ = json.loads(done.stdout)
+    assert {name.split(".")[0] for name in new} <= set(sys.stdlib_module_names)
+    assert not cuda
+
+
+def test_public_names():
+    assert torchlamb.__all__ == sorted(torchlamb.__all__)
+    assert all(hasattr(torchlamb, name) for name in torchlamb.__all__)
+    public = {name for name in vars(torchlamb) if not name.startswith("_") and not inspect.ismodule(getattr(torchlamb, name))}
+    assert public <= set(torchlamb.__all__)
+
+
+def test_one_version_number():
+    newest = re.search(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert newest[1] == torchlamb.__version__
+
+
+PUBLIC = [torchlamb.Lamb, torchlamb.param_groups, torchlamb.testing.assert_relative_step]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__qualname__)
+def test_documented_arguments_equal_the_signature(function):
+    signature = inspect.signature(function.__init__ if inspect.isclass(function) else inspect.unwrap(function))
+    doc = inspect.getdoc(function)
+    section = re.search(r"^Args:\n(.*?)\n\n", doc + "\n\n", re.M | re.S)[1]
+    entries = dict(re.findall(r"^ {4}(\w+): (.*?)(?=\n {4}\w|\Z)", section, re.M | re.S))
+    parameters = {name: p for name, p in signature.parameters.items() if name != "self"}
+    assert list(entries) == list(parameters)
+    for name, p in parameters.items():
+        text = " ".join(entries[name].split())
+        if p.default is p.empty:
+            assert "(default:" not in text, name
+        elif "not available" not in text:
+            value = re.search(r"\(default: (.*)\)", text)[1]
+            assert eval(value) == p.default, name
+    for word in ("Raises:", "Example:"):
+        assert word in doc
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_examples_in_documents(path, tmp_path, monkeypatch):
+    """All Python blocks of a page, run one after the other."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in python_blocks(path):
+        exec(compile(block, str(path), "exec"), namespace)
+
+
+def test_links_in_documents():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_readme_names_the_commands_of_the_makefile():
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "test-all", "check", "bench", "clean"} <= targets
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme
+    assert "make test" in readme
+    run = (ROOT / ".ci" / "run").read_text()
+    assert [line for line in run.splitlines() if line.startswith("make")] == ["make check", "make test", "make test-all"]
