@@ -169,7 +169,7 @@ def row(
         "p80_ms": f"{p80:.2f}",
         "ratio_to_adamw_fused": f"{p50 / fused:.2f}",
         "extra_peak_mib": "not measured" if memory is None else f"{memory:.0f}",
-        "error_to_reference": "another rule" if error > 1e-3 else f"{error:.1e}",
+        "error_to_reference": "another rule" if error > 1e-4 else f"{error:.1e}",
     }
 
 

@@ -37,7 +37,7 @@ try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from tqdm import tqdm
-except ImportError as error:
+except ModuleNotFoundError as error:
     sys.exit(f"digits.py needs {error.name}, which is not installed; run: pip install 'torchlamb[demo]'")
 
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 1437, 360, 287  # the validation images are some of the training images

@@ -101,7 +101,7 @@ def _layouts() -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
         "transposed": lambda d: [dense((5, 6), d).t(), dense((2, 4, 3), d).permute(1, 2, 0)],
         "channels-last": lambda d: [dense((4, 3, 5, 2), d).to(memory_format=torch.channels_last)],
         "strided": lambda d: [dense((6, 10), d)[:, ::2], dense((12,), d)[::3]],
-        # With pieces of 16 elements and batches of 40, as in `small_pieces`:
+        # With pieces of some 16 elements and batches of 40, as in `small_pieces`:
         "pieces": lambda d: [dense((7, 11), d), dense((11, 7), d).t(), dense((33, 2), d)[:, :1], dense((3, 16), d)],
         "complex": lambda d: [
             torch.complex(dense((4, 3), d), dense((4, 3), d)),
@@ -144,8 +144,7 @@ def set_grads(params: dict[str, torch.nn.Parameter], step: int) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk small tensors as large ones are walked."""
-    monkeypatch.setattr("torchlamb.bucket.PIECE", 16)
-    monkeypatch.setattr("torchlamb.backends.single.PIECE", 16)
+    monkeypatch.setattr("torchlamb.bucket.PIECE_PER_THREAD", 16 // torch.get_num_threads() or 1)
     monkeypatch.setattr("torchlamb.backends.foreach.BATCH", 40)
 
 

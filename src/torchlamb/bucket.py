@@ -6,6 +6,7 @@ pairs, parameters with `blocks=n` as n rows. Backends see buckets and nothing ab
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from torchlamb import rule
 from torchlamb.rule import Scalars
 
-# Five arrays of 128 Ki float32 elements stay in the second-level caches of two cores. Measured: docs/log.md.
-PIECE = 2**17
+# Elements in a piece, for each thread that shares it: half a MiB of float32. Measured: docs/log.md.
+PIECE_PER_THREAD = 2**17
 
 
 @dataclass
@@ -129,21 +130,27 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def piece_size() -> int:
+    """Return how many elements a CPU's threads work through at a time: all where autograd or a compiler watches."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return sys.maxsize
+    return PIECE_PER_THREAD * torch.get_num_threads()
+
+
 def pieces(*tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     """Cut tensors of one shape into matching pieces that fit in a CPU's cache; each piece views its tensor's memory.
 
     What makes eager arithmetic slow on a CPU is temporaries as large as the tensors, which fall out of the cache and fault in
-    fresh pages. Elsewhere, in small tensors, in layouts that do not match, and where autograd or a compiler watches, the one
-    piece is the whole tensor.
+    fresh pages. Elsewhere, in small tensors and in layouts that do not match, the one piece is the whole tensor.
     """
     first = tensors[0]
-    if first.numel() <= PIECE or not first.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not first.is_cpu or first.numel() <= piece_size():
         return [tensors]
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
     in_order = [t.permute(order) for t in tensors]
     if not all(t.is_contiguous() for t in in_order):
         return [tensors]
-    return list(zip(*(torch.split(t.view(-1), PIECE) for t in in_order), strict=True))
+    return list(zip(*(torch.split(t.view(-1), piece_size()) for t in in_order), strict=True))
 
 
 def _blocks(tensor: Tensor, blocks: int) -> list[Tensor]:

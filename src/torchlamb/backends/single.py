@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import PIECE, Bucket, cast, pieces
+from torchlamb.bucket import Bucket, cast, piece_size, pieces
 
 Updates = list[tuple[Tensor, Tensor]]  # each piece of a parameter, and its update
 
@@ -42,7 +42,7 @@ def apply(bucket: Bucket, sq_norms: Tensor) -> None:
 def step(bucket: Bucket, sq_norms: Tensor) -> None:
     """Do `accumulate` and `apply` at once, keeping the updates: of one large tensor, or of small ones that fit in the cache."""
     s = bucket.scalars
-    for rows, batch in bucket.batches(PIECE):
+    for rows, batch in bucket.batches(piece_size()):
         norms: list[Tensor] = []
         updates: list[Updates] = []
         for row, factors in enumerate(batch.bias_factors()):
