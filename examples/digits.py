@@ -136,7 +136,8 @@ def train(job: Job) -> Result:
     torch.manual_seed(job.seed)
     order = torch.Generator().manual_seed(job.seed)
     model = build_model()
-    groups = torchlamb.param_groups(model, weight_decay=WEIGHT_DECAY)  # weights decay; biases and norms do not
+    # Weights decay. Biases and norms neither decay nor, with Lamb, adapt: as in the code that came with the paper.
+    groups = torchlamb.param_groups(model, weight_decay=WEIGHT_DECAY, adapt_excluded=False)
     optimizer = OPTIMIZERS[job.optimizer].make(groups, job.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_then_decay(job.steps))
     for _ in range(job.epochs):
@@ -287,7 +288,7 @@ def draw(results: dict[Job, Result], settings: Settings, path: Path) -> None:
     for i, (name, recipe) in enumerate(OPTIMIZERS.items()):
         jobs, means, spreads = zip(*[cell(results, name, size) for size in settings.batch_sizes], strict=True)
         shifted = [job.batch_size * 1.04 ** (i - 1) for job in jobs]  # error bars would cover each other
-        label = f"{name}, lr x (batch size / {TUNING_BATCH_SIZE})^{recipe.lr_power:g}"
+        label = f"{name}, lr x (batch / {TUNING_BATCH_SIZE})^{recipe.lr_power:g}"
         axes.errorbar(shifted, means, spreads, marker="os^"[i], capsize=3, label=label)
     axes.set_xscale("log")
     axes.set_xticks(settings.batch_sizes, [f"{job.batch_size}\n({job.steps})" for job in jobs])
@@ -296,7 +297,7 @@ def draw(results: dict[Job, Result], settings: Settings, path: Path) -> None:
     axes.set_ylabel("test accuracy in %")
     axes.set_title(f"Handwritten digits: {settings.epochs} epochs, cut into fewer and larger steps")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9)  # inside, it would cover points
     small_print = (
         f"{settings.epochs} epochs; mean and standard deviation over seeds: {settings.seeds}; "
         f"lr tuned at batch size {TUNING_BATCH_SIZE} only, then carried by rule\n"
@@ -323,6 +324,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

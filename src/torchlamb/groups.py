@@ -25,8 +25,8 @@ def param_groups(
     Args:
         model: any module; frozen parameters are included, so that they can be unfrozen later
         weight_decay: of the group that decays
-        adapt_excluded: whether the parameters without decay are adapted by layer (LAMB's rule: yes); False trains them with
-            plain Adam, as the paper's own code did (default: True)
+        adapt_excluded: whether the parameters without decay are adapted by layer, as the paper's algorithm says; False trains
+            them with plain Adam, as the paper's own code does, and is worth trying where training diverges (default: True)
         no_decay: regular expressions, searched in the full parameter names, whose matches do not decay (default: None)
 
     Returns:
