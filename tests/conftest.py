@@ -11,7 +11,7 @@ _shares: dict[tuple[str, str], float] = defaultdict(float)
 
 
 @pytest.fixture
-def record_share(request: pytest.FixtureRequest):
+def record_share():
     """Record an error as a share of its tolerance, by backend and dtype, for the summary."""
 
     def record(backend: str, dtype: str, share: float) -> None:
