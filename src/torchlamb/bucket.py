@@ -55,9 +55,10 @@ class Bucket:
 
     def begin_step_(self) -> None:
         """Do what comes once per step and before a backend's arithmetic: count the step, and centralize the gradients."""
-        for row, step in enumerate(self.steps):
-            if row == 0 or step is not self.steps[row - 1]:  # the blocks of a parameter share its count
-                step.add_(1 if self.skip is None else ~self.skip)
+        # The blocks of a parameter share its count.
+        steps = [step for row, step in enumerate(self.steps) if row == 0 or step is not self.steps[row - 1]]
+        # As a list: given one tensor to add to all, torch reads it back.
+        torch._foreach_add_(steps, 1 if self.skip is None else [(~self.skip).to(steps[0].dtype)] * len(steps))
         if self.scalars.grad_centralization:
             self.grads = [rule.centralize(g.to(self.dtype), g.dim() - self.is_complex) for g in self.grads]
 

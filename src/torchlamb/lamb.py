@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_differentiable
 
 from torchlamb import rule
-from torchlamb.backends import Backend, resolve
-from torchlamb.bucket import Bucket, fill
-from torchlamb.options import SAME_IN_ALL_GROUPS, check
+from torchlamb.backends import Work, resolve
+from torchlamb.bucket import fill
+from torchlamb.guard import guard, is_guarded
+from torchlamb.options import SAME_IN_ALL_GROUPS, check, check_grads, check_params
 from torchlamb.rule import Scalars
-from torchlamb.sharding import why_refused
-
-Work = list[tuple[Backend, Bucket]]
 
 
 class _LastStep:
@@ -167,7 +165,7 @@ class Lamb(Optimizer):
                 loss = closure()
         self._check_step()
         work = self._resolve()
-        skipped = self._guard(work)
+        skipped = guard(work, self.param_groups[0], getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         sq_norms = [bucket.new_sq_norms() for _, bucket in work]
         self._last.buckets = [(b.indices, b.scalars, rows, b.skip) for (_, b), rows in zip(work, sq_norms, strict=True)]
         if skipped:
@@ -228,7 +226,7 @@ class Lamb(Optimizer):
                     )
             if not isinstance(param_group["params"], (Tensor, set)):
                 param_group["params"] = list(param_group["params"])
-                _check_params({**options, "params": param_group["params"]}, len(self.param_groups))
+                check_params({**options, "params": param_group["params"]}, len(self.param_groups))
             param_group.update(options)
         super().add_param_group(param_group)
 
@@ -286,16 +284,12 @@ class Lamb(Optimizer):
         """Raise for what cannot be stepped, before anything changes."""
         if torch.compiler.is_compiling():
             return
-        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if (
-            initialized
-            and torch.cuda.is_current_stream_capturing()
-            and not all(group["capturable"] for group in self.param_groups)
-        ):
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+        if capturing and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
         for i, group in enumerate(self.param_groups):
-            _check_params(group, i)
-            _check_grads(group, i)
+            check_params(group, i)
+            check_grads(group, i)
 
     def _resolve(self) -> Work:
         """Sort the parameters that have gradients into buckets, creating their state where it is missing."""
@@ -341,32 +335,6 @@ class Lamb(Optimizer):
             steps.append(state["step"])
         return False
 
-    def _guard(self, work: Work) -> bool:
-        """Set each bucket's gradient factor and skip flag. Return True where the host knows that nothing is to be stepped."""
-        max_grad_norm = self.param_groups[0]["max_grad_norm"]
-        # Set by torch.amp.GradScaler around step(), where `_step_supports_amp_scaling`.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        factor: Tensor | None = None if grad_scale is None else 1.0 / grad_scale.reshape(())
-        skip: Tensor | None = None if found_inf is None else found_inf.reshape(()) != 0
-        if work and _guarded(self.param_groups[0]):
-            sq_norm = _total_grad_sq_norm(work)
-            if factor is not None:
-                sq_norm = sq_norm * factor.to(sq_norm.device) ** 2
-            nonfinite = ~torch.isfinite(sq_norm)
-            skip = nonfinite if skip is None else nonfinite | skip.to(nonfinite.device)
-            if max_grad_norm is not None:
-                coefficient = rule.clip_coefficient(sq_norm, max_grad_norm)
-                factor = coefficient if factor is None else coefficient * factor.to(coefficient.device)
-        on_device = torch.compiler.is_compiling() or any(bucket.on_device for _, bucket in work)
-        host_knows = skip is not None and skip.is_cpu and not on_device
-        skipped = host_knows and skip is not None and bool(skip)
-        for _, bucket in work:
-            if factor is not None:
-                bucket.grad_factor = factor.to(bucket.device, bucket.dtype) * bucket.grad_factor
-            if skip is not None and (skipped or not host_knows):
-                bucket.skip = skip.to(bucket.device)
-        return skipped
-
     def _restore_precision(self, state_dict: StateDict) -> None:
         """Put back, from the dict that was loaded, what torch's cast to the parameter's dtype rounded."""
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
@@ -379,52 +347,7 @@ class Lamb(Optimizer):
                         self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32))
 
 
-def _guarded(group: dict[str, Any]) -> bool:
-    return group["max_grad_norm"] is not None or group["skip_nonfinite"]
-
-
 def _step_device(group: dict[str, Any], param: Tensor) -> torch.device:
     # On the host, as in torch, unless only the device knows whether a step was taken.
-    on_device = group["capturable"] or group["fused"] or _guarded(group)
+    on_device = group["capturable"] or group["fused"] or is_guarded(group)
     return param.device if on_device else torch.device("cpu")
-
-
-def _total_grad_sq_norm(work: Work) -> Tensor:
-    total: Tensor | None = None
-    for backend, bucket in work:
-        rows = torch.zeros(len(bucket), dtype=bucket.dtype, device=bucket.device)
-        backend.grad_sq_norms(bucket, rows)
-        total = rows.sum() if total is None else total + rows.sum().to(total.device)
-    assert total is not None
-    return total
-
-
-def _check_params(group: dict[str, Any], group_index: int) -> None:
-    """Raise if a parameter of the group cannot be stepped."""
-    blocks = group["blocks"]
-    for i, p in enumerate(group["params"]):
-        p = p[1] if isinstance(p, tuple) else p
-        if not isinstance(p, Tensor):
-            continue  # torch says what a parameter is
-        reason = why_refused(p)
-        if reason is not None:
-            raise NotImplementedError(f"{_name(group, group_index, i)} {reason}")
-        if blocks != 1 and (p.dim() == 0 or p.shape[0] % blocks):
-            name = _name(group, group_index, i)
-            raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {tuple(p.shape)}")
-
-
-def _check_grads(group: dict[str, Any], group_index: int) -> None:
-    for i, p in enumerate(group["params"]):
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"Lamb does not support sparse gradients, and that of {_name(group, group_index, i)} has layout "
-                f"{p.grad.layout}; build the embedding with sparse=False"
-            )
-
-
-def _name(group: dict[str, Any], group_index: int, i: int) -> str:
-    p = group["params"][i]
-    if isinstance(p, tuple):
-        return f"parameter {p[0]!r}"
-    return f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter {i} of group {group_index}"

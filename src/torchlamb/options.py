@@ -1,4 +1,4 @@
-"""The options of a parameter group: what they may be, and what is said when they are not.
+"""What the options and parameters of a group may be, and what is said when they are not.
 
 Every option lives in `param_groups` as a plain bool, int, float, dtype or tuple, because checkpoints are read with
 ``weights_only=True``. This room knows single groups and nothing of tensors' contents, state or stepping.
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchlamb.sharding import why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
 SAME_IN_ALL_GROUPS = ("max_grad_norm", "skip_nonfinite", "differentiable")
@@ -38,6 +40,38 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     if plain["differentiable"] and plain["foreach"]:
         raise RuntimeError("foreach=True cannot be differentiated; with differentiable=True leave foreach=None")
     return plain
+
+
+def check_params(group: dict[str, Any], group_index: int) -> None:
+    """Raise if a parameter of the group cannot be stepped. Entries may still be (name, parameter) pairs."""
+    blocks = group["blocks"]
+    for i, p in enumerate(group["params"]):
+        param = p[1] if isinstance(p, tuple) else p
+        if not isinstance(param, Tensor):
+            continue  # torch says what a parameter is
+        reason = why_refused(param)
+        if reason is not None:
+            raise NotImplementedError(f"{_name(group, group_index, i)} {reason}")
+        if blocks != 1 and (param.dim() == 0 or param.shape[0] % blocks):
+            name, shape = _name(group, group_index, i), tuple(param.shape)
+            raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {shape}")
+
+
+def check_grads(group: dict[str, Any], group_index: int) -> None:
+    """Raise if a gradient of the group cannot be stepped with."""
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"Lamb does not support sparse gradients, and that of {_name(group, group_index, i)} has layout "
+                f"{p.grad.layout}; build the embedding with sparse=False"
+            )
+
+
+def _name(group: dict[str, Any], group_index: int, i: int) -> str:
+    p = group["params"][i]
+    if isinstance(p, tuple):
+        return f"parameter {p[0]!r}"
+    return f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter {i} of group {group_index}"
 
 
 def _fail(kind: type[Exception], name: str, wanted: str, value: object) -> Exception:

@@ -34,6 +34,9 @@ class Backend(Protocol):
         """Recompute the update from the stored moments and take ``lr * ratio * update`` from the parameters."""
 
 
+Work = list[tuple[Backend, Bucket]]  # what one step() has to do
+
+
 def resolve(group: dict[str, Any], device: torch.device) -> tuple[Backend, str]:
     """Return the backend for a group's parameters on a device, and why it was chosen."""
     if group["differentiable"]:
