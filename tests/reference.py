@@ -30,11 +30,10 @@ class Reference:
     def step(self, grads: list[Array | None]) -> bool:
         """Return whether the step was taken."""
         guard = self.options[0]
-        with np.errstate(all="ignore"):
-            grad_sq = sum(float(np.square(_real(g)).sum()) for g in grads if g is not None)
+        grad_sq = sum(float(np.square(_real(g)).sum()) for g in grads if g is not None)
         clip = 1.0
         if guard["max_grad_norm"] is not None or guard["skip_nonfinite"]:
-            if not np.isfinite(np.float32(grad_sq)):
+            if not np.isfinite(grad_sq):
                 return False
             if guard["max_grad_norm"] is not None and grad_sq > 0:
                 clip = min(1.0, guard["max_grad_norm"] / grad_sq**0.5)

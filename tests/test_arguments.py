@@ -22,7 +22,7 @@ GROUP_KEYS = {
 INVALID = [
     ("lr", -1.0, ValueError), ("lr", math.nan, ValueError), ("lr", math.inf, ValueError), ("lr", "1e-3", TypeError),
     ("lr", None, TypeError), ("lr", True, TypeError), ("lr", torch.tensor(-1.0), ValueError),
-    ("lr", torch.tensor(1 + 1j), TypeError),
+    ("lr", torch.tensor(1 + 1j), TypeError), ("lr", torch.tensor(True), TypeError),
     ("betas", (0.9,), ValueError), ("betas", (0.9, 1.0), ValueError), ("betas", (-0.1, 0.9), ValueError),
     ("betas", (0.9, math.nan), ValueError), ("betas", 0.9, TypeError), ("betas", ("a", 0.9), TypeError),
     ("betas", (torch.tensor(0.9), torch.tensor(0.9)), TypeError),
@@ -156,6 +156,54 @@ def test_repr_says_what_is_in_use_and_why():
     assert "cpu: single (differentiable=True" in repr(torchlamb.Lamb([parameter(2)], differentiable=True))
     meta = torch.nn.Parameter(torch.ones(2, device="meta"))
     assert "meta: foreach" in repr(torchlamb.Lamb([meta]))
+
+
+def test_a_group_of_one_tensor_is_checked_too():
+    with pytest.raises(ValueError, match="does not divide"):
+        torchlamb.Lamb([{"params": parameter(3)}], blocks=2)
+
+
+def test_differentiable_is_set_in_the_constructor_only():
+    with pytest.raises(ValueError, match="differentiable must be the same"):
+        torchlamb.Lamb([{"params": [parameter(1)], "differentiable": True}])
+
+
+def test_a_leaf_cannot_be_differentiated_through():
+    p = parameter(2)
+    p.grad = torch.ones(2)
+    optimizer = torchlamb.Lamb([p], differentiable=True)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is a leaf"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_lr_on_another_device():
+    with pytest.raises(ValueError, match="lr is on meta and parameter 0 of group 0 on cpu"):
+        torchlamb.Lamb([parameter(2)], lr=torch.tensor(0.1, device="meta"))
+    p = parameter(2)
+    p.grad = torch.ones(2)
+    optimizer = torchlamb.Lamb([p])
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    with pytest.raises(ValueError, match="put lr there, or on the CPU"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("guard", [{}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"capturable": True}], ids=str)
+def test_where_the_step_count_lies(guard):
+    """With the parameter wherever only the device may know it: meta tensors stand in for a device."""
+    p = torch.nn.Parameter(torch.ones(2, device="meta"))
+    p.grad = torch.ones(2, device="meta")
+    optimizer = torchlamb.Lamb([p], **guard)
+    optimizer.step()
+    assert optimizer.state[p]["step"].device.type == ("meta" if guard else "cpu")
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = torch.tensor(3.0)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["step"].device.type == ("meta" if guard else "cpu")
+    optimizer.param_groups[0]["capturable"] = True
+    optimizer.step()
+    assert optimizer.state[p]["step"].device.type == "meta"
 
 
 def test_step_under_graph_capture_needs_capturable(monkeypatch):

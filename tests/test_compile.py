@@ -71,3 +71,14 @@ def test_compiled_guard_skips(foreach):
         moved = [not torch.equal(p, q) for p, q in zip(params, before, strict=True)]
         assert moved == [step != 1] * 5 + [False]
     assert optimizer.state[params[0]]["step"].item() == 2
+
+
+def test_what_cannot_be_stepped_is_refused_when_compiled_too():
+    torch._dynamo.reset()
+    optimizer = torchlamb.Lamb([nn.Parameter(torch.ones(4))], blocks=2)
+    swapped = nn.Parameter(torch.ones(5))
+    swapped.grad = torch.ones(5)
+    optimizer.param_groups[0]["params"][0] = swapped
+    with pytest.raises(Exception, match="blocks=2 does not divide dim 0"):
+        torch.compile(optimizer.step)()
+    assert torch.equal(swapped, torch.ones(5))

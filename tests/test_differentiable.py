@@ -66,4 +66,5 @@ def test_the_step_is_the_same():
             value.grad = torch.randn(5, 4)
             optimizer.step()
         results.append(value.detach())
+        assert not any(ratio.requires_grad for ratio in optimizer.trust_ratios().values())
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)

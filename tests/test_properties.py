@@ -94,6 +94,15 @@ def test_the_helper_rejects_what_is_not_lamb():
             assert_relative_step(optimizer)
 
 
+def test_the_helper_rejects_a_step_that_does_nothing():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = torchlamb.Lamb([p], lr=0.1)
+    optimizer.step = lambda _: None
+    with pytest.raises(AssertionError, match="moved by 0, not by"):
+        assert_relative_step(optimizer)
+
+
 def test_the_helper_leaves_out_what_is_not_adapted():
     params = [torch.nn.Parameter(torch.full((4,), 2.0)) for _ in range(6)]
     for p in params[:5]:

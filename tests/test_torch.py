@@ -129,7 +129,7 @@ def test_loading_refuses_before_anything_changes():
     optimizer = torchlamb.Lamb(model.parameters())
     train(model, optimizer, range(2))
     before = copy.deepcopy(optimizer.state_dict())
-    for change in ({"lr": -1.0}, {"state_dtype": torch.bfloat16}):
+    for change in ({"lr": -1.0}, {"state_dtype": torch.bfloat16}, {"differentiable": True}):
         bad = copy.deepcopy(before)
         bad["param_groups"][0].update(change)
         with pytest.raises((ValueError, NotImplementedError)):
@@ -419,6 +419,19 @@ def test_trust_ratios_by_name_index_and_block():
     assert list(ratios) == [1, 2]
     assert ratios[1].shape == (2,)
     assert ratios[1][0].item() == pytest.approx(3.0)
+
+
+def test_trust_ratios_of_parameters_whose_names_are_not_unique():
+    """Two models of one class, say: positions tell them apart."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer = torchlamb.Lamb([("weight", params[0]), ("weight", params[1])])
+    optimizer.step()
+    assert set(optimizer.trust_ratios()) == {0, 1}
+    optimizer.param_groups[0]["params"].append(params[2])
+    optimizer.step()
+    assert set(optimizer.trust_ratios()) == {0, 1, 2}
 
 
 def test_zero_grad_set_to_none_false():

@@ -7,6 +7,7 @@ rule to `torchlamb.rule`. It must not know how any backend computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torchlamb import rule
 from torchlamb.backends import Work, resolve
 from torchlamb.bucket import fill
 from torchlamb.guard import guard, is_guarded
-from torchlamb.options import SAME_IN_ALL_GROUPS, check, check_grads, check_params
+from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
 
 
@@ -58,9 +59,10 @@ class Lamb(Optimizer):
             stacked experts; dim 0 must divide (default: 1)
         grad_centralization: subtract from gradients of 3 or more dims (convolutions) their mean over every dim but the first
             (default: False)
-        max_grad_norm: clip the norm over the gradients of all groups to this; None for never. A step whose gradients are not
-            all finite, or whose sum of squares overflows float32, is then skipped (default: None)
-        skip_nonfinite: skip such a step without clipping: parameters, moments and step counts stay (default: False)
+        max_grad_norm: clip the norm over the gradients of all groups to this, and skip steps as `skip_nonfinite` does; None for
+            never (default: None)
+        skip_nonfinite: skip a step whose gradients are not all finite, or whose sum of squares overflows float32 (float64 for
+            float64 parameters): parameters, moments and step counts stay (default: False)
         master_weights: not available in this version
         stochastic_rounding: not available in this version
         state_dtype: not available in this version: moments are float32 for bf16 and fp16 parameters, the parameter's own dtype
@@ -163,7 +165,6 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_step()
         work = self._resolve()
         skipped = guard(work, self.param_groups[0], getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         sq_norms = [bucket.new_sq_norms() for _, bucket in work]
@@ -184,9 +185,9 @@ class Lamb(Optimizer):
         """Return the ratio |param| / |update| that each parameter's last step was multiplied by.
 
         Returns:
-            By the parameter's name where names were given, else by its position in the optimizer: a tensor on its device, 0-dim
-            or, where `blocks` > 1, of shape (blocks,). NaN where the step was skipped. Parameters that had no gradient are
-            left out. Nothing is read back from the device.
+            By the parameter's name where each was given a name of its own, else by its position in the optimizer: a tensor on
+            its device, 0-dim or, where `blocks` > 1, of shape (blocks,). NaN where the step was skipped. Parameters that had no
+            gradient are left out. Nothing is read back from the device.
 
         Example:
             >>> import torch, torchlamb
@@ -198,6 +199,7 @@ class Lamb(Optimizer):
             ['weight']
         """
         names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        by_name = len(set(names)) == sum(len(group["params"]) for group in self.param_groups)
         rows_of: dict[int, list[Tensor]] = {}
         for indices, scalars, sq_norms, skip in self._last.buckets:
             ratios = rule.trust_ratio(sq_norms, scalars)
@@ -206,7 +208,7 @@ class Lamb(Optimizer):
             for index, ratio in zip(indices, ratios.unbind(), strict=True):
                 rows_of.setdefault(index, []).append(ratio)
         return {
-            names[index] if names else index: rows[0] if len(rows) == 1 else torch.stack(rows)
+            names[index] if by_name else index: rows[0] if len(rows) == 1 else torch.stack(rows)
             for index, rows in sorted(rows_of.items())
         }
 
@@ -216,18 +218,13 @@ class Lamb(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError, NotImplementedError: as the constructor does; nothing is added then.
         """
-        if isinstance(param_group, dict):
-            options = check({**self.defaults, **{k: v for k, v in param_group.items() if k not in ("params", "param_names")}})
-            for name in SAME_IN_ALL_GROUPS:
-                if self.param_groups and options[name] != self.param_groups[0][name]:
-                    raise ValueError(
-                        f"{name} must be the same in all parameter groups, got {options[name]!r} after "
-                        f"{self.param_groups[0][name]!r}; set it in the constructor only"
-                    )
-            if not isinstance(param_group["params"], (Tensor, set)):
-                param_group["params"] = list(param_group["params"])
-                check_params({**options, "params": param_group["params"]}, len(self.param_groups))
-            param_group.update(options)
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (set, NoneType)):
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            options = self._checked_options(param_group)
+            check_alike([*self.param_groups, options], self.defaults)
+            check_params({**options, "params": params}, len(self.param_groups))
+            param_group.update(options, params=params)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -242,8 +239,7 @@ class Lamb(Optimizer):
         loaded: list[StateDict] = []
 
         def last_pre_hook(_: Optimizer, state_dict: StateDict) -> None:
-            for group in state_dict["param_groups"]:
-                check({**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}})
+            check_alike([self._checked_options(group) for group in state_dict["param_groups"]], self.defaults)
             loaded.append(state_dict)
 
         def first_post_hook(_: Optimizer) -> None:
@@ -258,6 +254,9 @@ class Lamb(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _checked_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return check({**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -279,17 +278,6 @@ class Lamb(Optimizer):
         # GradScaler then leaves grad_scale and found_inf on the optimizer and calls step() whatever it found. Only where fused
         # was asked for: Lightning refuses to clip gradients for optimizers that unscale by themselves.
         return all(group["fused"] for group in self.param_groups)
-
-    def _check_step(self) -> None:
-        """Raise for what cannot be stepped, before anything changes."""
-        if torch.compiler.is_compiling():
-            return
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-        if capturing and not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
-        for i, group in enumerate(self.param_groups):
-            check_params(group, i)
-            check_grads(group, i)
 
     def _resolve(self) -> Work:
         """Sort the parameters that have gradients into buckets, creating their state where it is missing."""
@@ -316,6 +304,8 @@ class Lamb(Optimizer):
         steps: list[Tensor],
     ) -> bool:
         """Fill five empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
+        if group is self.param_groups[0]:
+            self._check_step()
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -334,6 +324,15 @@ class Lamb(Optimizer):
             exp_avg_sqs.append(state["exp_avg_sq"])
             steps.append(state["step"])
         return False
+
+    def _check_step(self) -> None:
+        """Raise for what cannot be stepped in any group, before anything changes."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+        if capturing and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
+        for i, group in enumerate(self.param_groups):
+            check_params(group, i)
+            check_grads(group, i)
 
     def _restore_precision(self, state_dict: StateDict) -> None:
         """Put back, from the dict that was loaded, what torch's cast to the parameter's dtype rounded."""

@@ -7,7 +7,7 @@ Every option lives in `param_groups` as a plain bool, int, float, dtype or tuple
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torchlamb.sharding import why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
-SAME_IN_ALL_GROUPS = ("max_grad_norm", "skip_nonfinite", "differentiable")
+_ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
 
 _UNBUILT = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None}
 
@@ -42,9 +42,22 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def check_alike(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Raise ValueError if groups differ in an option that is one for the whole optimizer."""
+    for name in _ALIKE:
+        first = defaults[name] if name == "differentiable" else groups[0][name]  # torch reads this one from the defaults
+        for group in groups:
+            if group[name] != first:
+                raise ValueError(
+                    f"{name} must be the same in all parameter groups, got {group[name]!r} beside {first!r}; "
+                    "set it in the constructor only"
+                )
+
+
 def check_params(group: dict[str, Any], group_index: int) -> None:
     """Raise if a parameter of the group cannot be stepped. Entries may still be (name, parameter) pairs."""
-    blocks = group["blocks"]
+    blocks, lr = group["blocks"], group["lr"]
+    lr_device = lr.device if isinstance(lr, Tensor) and not lr.is_cpu else None  # one on the host serves every device
     for i, p in enumerate(group["params"]):
         param = p[1] if isinstance(p, tuple) else p
         if not isinstance(param, Tensor):
@@ -55,15 +68,25 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         if blocks != 1 and (param.dim() == 0 or param.shape[0] % blocks):
             name, shape = _name(group, group_index, i), tuple(param.shape)
             raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {shape}")
+        if lr_device is not None and lr_device != param.device:
+            name = _name(group, group_index, i)
+            raise ValueError(f"lr is on {lr_device} and {name} on {param.device}; put lr there, or on the CPU")
 
 
 def check_grads(group: dict[str, Any], group_index: int) -> None:
-    """Raise if a gradient of the group cannot be stepped with."""
+    """Raise if the group's gradients cannot be stepped with."""
     for i, p in enumerate(group["params"]):
-        if p.grad is not None and p.grad.layout != torch.strided:
+        if p.grad is None:
+            continue
+        if p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"Lamb does not support sparse gradients, and that of {_name(group, group_index, i)} has layout "
                 f"{p.grad.layout}; build the embedding with sparse=False"
+            )
+        if group["differentiable"] and p.is_leaf and p.requires_grad:
+            raise RuntimeError(
+                f"{_name(group, group_index, i)} is a leaf, which autograd does not let step() write to; with "
+                "differentiable=True give Lamb clones of the parameters"
             )
 
 
@@ -71,7 +94,8 @@ def _name(group: dict[str, Any], group_index: int, i: int) -> str:
     p = group["params"][i]
     if isinstance(p, tuple):
         return f"parameter {p[0]!r}"
-    return f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter {i} of group {group_index}"
+    names = group.get("param_names", [])
+    return f"parameter {names[i]!r}" if i < len(names) else f"parameter {i} of group {group_index}"
 
 
 def _fail(kind: type[Exception], name: str, wanted: str, value: object) -> Exception:
@@ -118,7 +142,7 @@ def _lr(name: str, value: Any) -> float | Tensor:
         return _number(wanted, _finite_from_0)(name, value)
     if value.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}; set one lr per parameter group")
-    if value.is_complex():
+    if value.is_complex() or value.dtype == torch.bool:
         raise _fail(TypeError, name, wanted, value)
     if not value.is_meta and not _finite_from_0(value.item()):
         raise _fail(ValueError, name, wanted, value)
