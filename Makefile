@@ -28,10 +28,15 @@ bench: .venv/test.stamp
 clean:
 	rm -rf .venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 
-# torch first and alone: the packages that follow then find it there instead of choosing a build of their own.
-.venv/torch.stamp: $(INPUTS)
+.venv/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "torchlamb needs Python 3.10 or newer: make PYTHON=python3.12")'
 	@echo "Setting up .venv; the first time this takes some minutes."
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# torch first and alone: the packages that follow then find it there instead of choosing a build of their own.
+.venv/torch.stamp: .venv/made.stamp $(INPUTS)
 	$(PIP) install -q -c constraints.txt torch
 	@touch $@
 

@@ -39,7 +39,6 @@ def contestants() -> dict[str, Make]:
     """Every optimizer that can be had here, with its rule set to the paper's where it has a choice."""
     found: dict[str, Make] = {
         "torchlamb": lambda p: torchlamb.Lamb(p, **OPTIONS),
-        "torchlamb single": lambda p: torchlamb.Lamb(p, **OPTIONS, foreach=False),
         "torchlamb foreach": lambda p: torchlamb.Lamb(p, **OPTIONS, foreach=True),
         "AdamW fused": lambda p: torch.optim.AdamW(p, **OPTIONS, fused=True),
         "AdamW foreach": lambda p: torch.optim.AdamW(p, **OPTIONS, foreach=True),
@@ -99,17 +98,21 @@ def measure(makers: dict[str, Make], shapes: list[tuple[int, ...]], rounds: int,
     return times
 
 
-def peak_memory(make: Make, shapes: list[tuple[int, ...]]) -> float | None:
-    """MiB that a step needs beyond parameters, gradients and state; resident memory, so Linux only."""
-    optimizer = make(make_params(shapes, "cpu"))
+def peak_memory(name: str, shapes: str) -> float | None:
+    """MiB that a first step needs beyond parameters, gradients and state, in a process of its own; Linux only."""
+    command = [sys.executable, __file__, "--peak-of", name, "--shapes", shapes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def own_peak_memory(make: Make, shapes: list[tuple[int, ...]]) -> float:
+    params = make_params(shapes, "cpu")
+    optimizer = make(params)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     optimizer.step()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        optimizer.step()
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        return None
+    state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+    return (_status("VmHWM") - before) / 1024 - state / 2**20
 
 
 def _status(key: str) -> int:
@@ -176,16 +179,22 @@ def row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["bert-base", "400-tiny"])
-    parser.add_argument("--rounds", type=int, default=15, help="steps timed for each optimizer (default: 15)")
+    parser.add_argument("--rounds", type=int, default=21, help="steps timed for each optimizer (default: 21)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry", action="store_true", help=f"do not append to {RESULTS.name}")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    makers = contestants()
+    if args.peak_of:
+        print(own_peak_memory(makers[args.peak_of], SHAPES[args.shapes[0]]))
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.rounds < 7:
         parser.error(f"--rounds must be at least 7 for a median that means something, got {args.rounds}")
-    makers = contestants()
     rows = []
     for shapes in args.shapes:
-        memory = {n: peak_memory(make, SHAPES[shapes]) if args.device == "cpu" else None for n, make in makers.items()}
+        memory = {n: peak_memory(n, shapes) if args.device == "cpu" else None for n in makers}
         times = measure(makers, SHAPES[shapes], args.rounds, args.device)
         fused = statistics.median(times["AdamW fused"])
         rows += [row(n, shapes, args.device, times[n], fused, memory[n], largest_error(makers[n])) for n in makers]

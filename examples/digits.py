@@ -3,7 +3,7 @@
 Every optimizer's learning rate is tuned at batch size 16 and carried to the larger batches by its usual rule; all runs see the
 images equally often. How torchlamb is used stands in `OPTIMIZERS` and `train`; the rest is what makes the comparison fair.
 
-    pip install 'torchlamb[demo]'
+    pip install '.[demo]'
     python examples/digits.py
 """
 
@@ -38,7 +38,7 @@ try:
     from sklearn.model_selection import train_test_split
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    sys.exit(f"digits.py needs {error.name}, which is not installed; run: pip install 'torchlamb[demo]'")
+    sys.exit(f"digits.py needs {error.name}, which is not installed; in the torchlamb folder run: pip install '.[demo]'")
 
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 1437, 360, 287  # the validation images are some of the training images
 TUNING_BATCH_SIZE, TUNING_SEEDS = 16, 2
@@ -333,7 +333,8 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def parse_args(arguments: list[str] | None = None) -> Settings:
     description = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     add = functools.partial(parser.add_argument, metavar="N", type=whole_number)
     add("--epochs", default=30, help="how often every run sees every training image")
     add("--seeds", default=3, help="runs per cell of the table; a seed fixes initialisation and data order")

@@ -18,7 +18,8 @@ from torchlamb.backends import foreach, single
 FRESH_SEED = int(os.environ.get("TORCHLAMB_TEST_SEED") or random.SystemRandom().randrange(2**31))
 SEEDS = [pytest.param(0, id="fixed"), pytest.param(FRESH_SEED, id="fresh")]
 
-DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in _DTYPES]
 
 # float32: 2e-6 of the path walked; each step adds one rounding of the parameter.
 SHARE_OF_PATH = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -102,7 +103,7 @@ def _layouts() -> dict[str, Callable[[torch.dtype], list[Tensor]]]:
         "channels-last": lambda d: [dense((4, 3, 5, 2), d).to(memory_format=torch.channels_last)],
         "strided": lambda d: [dense((6, 10), d)[:, ::2], dense((12,), d)[::3]],
         # With pieces of some 16 elements and batches of 40, as in `small_pieces`:
-        "pieces": lambda d: [dense((7, 11), d), dense((11, 7), d).t(), dense((33, 2), d)[:, :1], dense((3, 16), d)],
+        "pieces": lambda d: [dense((8, 11), d), dense((11, 8), d).t(), dense((34, 2), d)[:, :1], dense((4, 16), d)],
         "complex": lambda d: [
             torch.complex(dense((4, 3), d), dense((4, 3), d)),
             torch.complex(dense((2, 2, 2), d), dense((2, 2, 2), d)),

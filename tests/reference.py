@@ -33,7 +33,7 @@ class Reference:
         grad_sq = sum(float(np.square(_real(g)).sum()) for g in grads if g is not None)
         clip = 1.0
         if guard["max_grad_norm"] is not None or guard["skip_nonfinite"]:
-            if not np.isfinite(grad_sq):
+            if not grad_sq <= np.finfo(np.float32).max:
                 return False
             if guard["max_grad_norm"] is not None and grad_sq > 0:
                 clip = min(1.0, guard["max_grad_norm"] / grad_sq**0.5)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import DEFAULTS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchlamb
+from torchlamb.rule import Scalars
 
 # Frozen: adding a key later would break loading older distributed checkpoints.
 GROUP_KEYS = {
@@ -74,13 +76,25 @@ def test_foreach_cannot_be_differentiable():
 def test_options_that_must_be_the_same_in_all_groups(name, value):
     with pytest.raises(ValueError, match=f"{name} must be the same in all parameter groups"):
         torchlamb.Lamb([{"params": [parameter(1)]}, {"params": [parameter(1)], name: value}])
-    torchlamb.Lamb([{"params": [parameter(1)], name: value}, {"params": [parameter(1)], name: value}])
+    if name != "differentiable":  # which torch reads from the constructor's argument
+        torchlamb.Lamb([{"params": [parameter(1)], name: value}, {"params": [parameter(1)], name: value}])
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), ()])
 def test_blocks_that_do_not_divide(shape):
     with pytest.raises(ValueError, match=r"blocks=2 does not divide dim 0 of parameter 'odd'"):
         torchlamb.Lamb([("even", parameter(2)), ("odd", parameter(*shape))], blocks=2)
+
+
+def test_groups_that_were_made_to_differ_later():
+    params = [parameter(1), parameter(1)]
+    for p in params:
+        p.grad = torch.ones(1)
+    optimizer = torchlamb.Lamb([{"params": [p]} for p in params])
+    optimizer.param_groups[1]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm must be the same in all parameter groups"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_blocks_of_a_parameter_swapped_in_later():
@@ -177,16 +191,21 @@ def test_a_leaf_cannot_be_differentiated_through():
     assert not optimizer.state
 
 
-def test_lr_on_another_device():
-    with pytest.raises(ValueError, match="lr is on meta and parameter 0 of group 0 on cpu"):
-        torchlamb.Lamb([parameter(2)], lr=torch.tensor(0.1, device="meta"))
-    p = parameter(2)
-    p.grad = torch.ones(2)
-    optimizer = torchlamb.Lamb([p])
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
-    with pytest.raises(ValueError, match="put lr there, or on the CPU"):
-        optimizer.step()
-    assert not optimizer.state
+def test_a_tensor_lr_goes_where_its_bucket_is():
+    """One on the CPU serves every device. Fake tensors stand in for devices that are not here."""
+    group = torchlamb.Lamb([parameter(2)]).param_groups[0]
+    with FakeTensorMode():
+        for lr_device, wanted in [("cpu", "cpu"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:0")]:
+            group["lr"] = torch.ones(1, device=lr_device)
+            scalars = Scalars.from_group(group).on(torch.device("cuda:0"))
+            assert scalars.lr.device == torch.device(wanted)
+            assert scalars.lr.dim() == 0
+
+
+def test_float8_parameters_are_refused():
+    p = torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"parameter 'small' has dtype torch.float8_e4m3fn.*16 bits or more"):
+        torchlamb.Lamb([("small", p)])
 
 
 @pytest.mark.parametrize("guard", [{}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"capturable": True}], ids=str)
@@ -201,9 +220,10 @@ def test_where_the_step_count_lies(guard):
     saved["state"][0]["step"] = torch.tensor(3.0)
     optimizer.load_state_dict(saved)
     assert optimizer.state[p]["step"].device.type == ("meta" if guard else "cpu")
-    optimizer.param_groups[0]["capturable"] = True
-    optimizer.step()
-    assert optimizer.state[p]["step"].device.type == "meta"
+    for capturable in (True, False):  # it never comes back to the host
+        optimizer.param_groups[0]["capturable"] = capturable
+        optimizer.step()
+        assert optimizer.state[p]["step"].device.type == "meta"
 
 
 def test_step_under_graph_capture_needs_capturable(monkeypatch):

@@ -16,11 +16,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def make_params() -> list[nn.Parameter]:
     torch.manual_seed(0)
-    tensors = [torch.randn(40, 3), torch.randn(5), torch.randn(6).bfloat16(), torch.tensor(2.0), torch.zeros(4), torch.randn(2)]
+    tensors = [
+        torch.randn(40, 3),
+        torch.randn(4, 3, 2),
+        torch.randn(6).bfloat16(),
+        torch.ones(2),
+        torch.zeros(4),
+        torch.randn(2),
+    ]
     return [nn.Parameter(t) for t in tensors]  # the last one stays without a gradient
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "blocks": 1, "grad_centralization": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "blocks": 2, "grad_centralization": True}], ids=str)
 @pytest.mark.parametrize("foreach", [None, True])
 def test_compiled_step(foreach, options):
     torch._dynamo.reset()

@@ -149,7 +149,7 @@ def test_names_the_extra_that_is_missing(missing, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(SystemExit, match=rf"{missing}.*pip install 'torchlamb\[demo\]'"):
+    with pytest.raises(SystemExit, match=rf"{missing}.*pip install '\.\[demo\]'"):
         load_example()
 
 

@@ -87,6 +87,13 @@ def test_tied_weights_once_and_frozen_ones_too():
     torchlamb.Lamb([group])
 
 
+def test_what_is_no_module_or_no_pattern():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got generator"):
+        torchlamb.param_groups(nn.Linear(2, 2).parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"no_decay pattern '\(' is no regular expression"):
+        torchlamb.param_groups(nn.Linear(2, 2), 0.1, no_decay=["("])
+
+
 def test_a_model_without_parameters():
     with pytest.raises(ValueError, match="ReLU has no parameters"):
         torchlamb.param_groups(nn.ReLU(), 0.1)

@@ -38,9 +38,6 @@ def test_31_million_elements(values, case, monkeypatch):
         param[:100] = 1000.0
     norms, exact = norms_of(param, torch.randn(NUMEL), case)
     torch.testing.assert_close(norms, exact, rtol=1e-6, atol=0)
-    if values == "weights":
-        off = abs(torch.linalg.vector_norm(param).item() / exact[0].item() - 1)
-        assert off > 1e-6, "torch's norm is exact now: the detour is no longer needed"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -105,14 +105,18 @@ def test_the_helper_rejects_a_step_that_does_nothing():
 
 def test_the_helper_leaves_out_what_is_not_adapted():
     params = [torch.nn.Parameter(torch.full((4,), 2.0)) for _ in range(6)]
+    with pytest.raises(AssertionError, match="nothing to check"):
+        assert_relative_step(torchlamb.Lamb(params))
     for p in params[:5]:
         p.grad = torch.ones(4)
     params[4].data.zero_()
+    adapted = torch.nn.Parameter(torch.ones(2))
+    adapted.grad = torch.ones(2)
     groups = [
         {"params": [params[0]], "layer_adaptation": False},
         {"params": [params[1]], "phi_bounds": (0.0, 0.1)},
         {"params": [params[2]], "trust_ratio_bounds": (0.0, 0.1)},
         {"params": [params[3]], "blocks": 2},
-        {"params": params[4:]},
+        {"params": [*params[4:], adapted]},
     ]
     assert_relative_step(torchlamb.Lamb(groups, lr=0.1))

@@ -6,12 +6,12 @@ import copy
 import io
 import itertools
 import pickle
-import warnings
 import weakref
 
 import pytest
 import torch
-from cases import BACKEND_PARAMS, use_two_phases
+from cases import BACKEND_PARAMS, DEFAULTS, use_two_phases
+from reference import Reference
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -204,6 +204,31 @@ def test_lr_schedulers(name, lr):
         scheduler.step()
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_cycled_momentum_follows_the_rule(name, foreach):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((4, 3), (5,))]
+    optimizer = torchlamb.Lamb(params, lr=0.01, weight_decay=0.1, foreach=foreach)
+    options = [{**DEFAULTS, "weight_decay": 0.1} for _ in params]
+    reference = Reference([p.detach().numpy() for p in params], options)
+    scheduler = SCHEDULERS[name](optimizer)
+    seen = set()
+    for _ in range(10):
+        group = optimizer.param_groups[0]
+        seen.add(group["betas"])
+        for option in options:
+            option.update(lr=group["lr"], betas=group["betas"])
+        for p in params:
+            p.grad = torch.randn(p.shape, dtype=torch.float64)
+        reference.step([p.grad.numpy() for p in params])
+        optimizer.step()
+        scheduler.step()
+    assert len(seen) > 3
+    for p, w in zip(params, reference.params, strict=True):
+        torch.testing.assert_close(p.detach(), torch.from_numpy(w), rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("capturable", [False, True])
@@ -292,15 +317,20 @@ def test_optimizer_in_backward():
 
 
 def test_swa():
-    model = make_model()
+    """Under SWALR, the same steps as with the learning rates it sets, and their average."""
+    model, plain = make_model(), make_model()
     optimizer = torchlamb.Lamb(model.parameters(), lr=0.05)
+    by_hand = torchlamb.Lamb(plain.parameters(), lr=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(model)
-    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2, anneal_strategy="linear")
     history = []
-    for step in range(4):
+    for step, lr in enumerate([0.05, 0.03, 0.01, 0.01]):
+        by_hand.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
         train(model, optimizer, range(step, step + 1), scheduler)
+        train(plain, by_hand, range(step, step + 1))
         averaged.update_parameters(model)
-        history.append([p.detach().clone() for p in model.parameters()])
+        history.append([p.detach().clone() for p in plain.parameters()])
     for p, values in zip(averaged.module.parameters(), zip(*history, strict=True), strict=True):
         torch.testing.assert_close(p, torch.stack(values).mean(0))
 
@@ -434,28 +464,45 @@ def test_trust_ratios_of_parameters_whose_names_are_not_unique():
     assert set(optimizer.trust_ratios()) == {0, 1, 2}
 
 
-def test_zero_grad_set_to_none_false():
-    model = make_model()
-    optimizer = torchlamb.Lamb(model.parameters(), foreach=True)
-    train(model, optimizer, range(1))
-    optimizer.zero_grad(set_to_none=False)
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+@pytest.mark.parametrize("foreach", [False, True])
+def test_zero_grad_set_to_none_false(foreach):
+    """Zeroed gradients are accumulated into: the same steps as with fresh ones."""
+    a, b = make_model(), make_model()
+    ours, fresh = (torchlamb.Lamb(m.parameters(), foreach=foreach) for m in (a, b))
+    for step in range(3):
+        data = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        for model, optimizer, to_none in ((a, ours, False), (b, fresh, True)):
+            optimizer.zero_grad(set_to_none=to_none)
+            model(data).square().mean().backward()
+            optimizer.step()
+    assert_equal(a, b)
 
 
-def test_sharded_parameters_are_refused(monkeypatch):
+def test_flat_parameters_of_fsdp_are_refused():
     flat = nn.Parameter(torch.ones(3))
     flat._fsdp_flattened = True
-    with pytest.raises(NotImplementedError, match="flat parameter of FullyShardedDataParallel"):
-        torchlamb.Lamb([flat])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.distributed.tensor import DTensor
+    for params in ([flat], [{"params": flat}]):
+        with pytest.raises(NotImplementedError, match="flat parameter of FullyShardedDataParallel"):
+            torchlamb.Lamb(params)
 
-    sharded = nn.Parameter(torch.ones(3))
-    optimizer = torchlamb.Lamb([("sharded", sharded)])
-    sharded.grad = torch.ones(3)
-    monkeypatch.setattr("torch.distributed.tensor.DTensor", nn.Parameter)  # seen as one from here on
-    with pytest.raises(NotImplementedError, match="'sharded' is a DTensor"):
-        optimizer.step()
-    assert DTensor is not nn.Parameter
-    assert torch.equal(sharded, torch.ones(3))
+
+@pytest.mark.filterwarnings("ignore")
+def test_dtensors_are_refused():
+    """At construction, and where one was swapped in later."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(nn.Linear(3, 2))
+        with pytest.raises(NotImplementedError, match="'weight' is a DTensor"):
+            torchlamb.Lamb(model.named_parameters())
+        plain = nn.Linear(3, 2)
+        optimizer = torchlamb.Lamb(plain.parameters())
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        with pytest.raises(NotImplementedError, match="parameter 0 of group 0 is a DTensor"):
+            optimizer.step()
+        assert not optimizer.state
+    finally:
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""LAMB for PyTorch: large batches without losing accuracy.
+"""LAMB for PyTorch: one tuned learning rate, carried from small batches to large ones.
 
 `Lamb` is the optimizer, `param_groups` sorts a model's parameters for it, `testing` holds what can be asserted of any LAMB.
 """

@@ -60,7 +60,7 @@ class Bucket:
         # As a list: given one tensor to add to all, torch reads it back.
         torch._foreach_add_(steps, 1 if self.skip is None else [(~self.skip).to(steps[0].dtype)] * len(steps))
         if self.scalars.grad_centralization:
-            self.grads = [rule.centralize(g.to(self.dtype), g.dim() - self.is_complex) for g in self.grads]
+            self.grads = [self._centralized(g) for g in self.grads]
 
     def bias_factors(self) -> list[tuple[float | Tensor, float | Tensor]]:
         """Return the factors of `rule.bias_factors` for each row: host numbers, or 0-dim tensors if `on_device`."""
@@ -80,6 +80,10 @@ class Bucket:
         """Return a gradient, or a piece of one, as the rule takes it: in the bucket's dtype, times `grad_factor`."""
         grad = cast(grad, self.dtype)
         return grad if isinstance(self.grad_factor, float) and self.grad_factor == 1.0 else grad * self.grad_factor
+
+    def _centralized(self, grad: Tensor) -> Tensor:
+        dims = grad.dim() - self.is_complex
+        return rule.centralize(cast(grad, self.dtype), dims) if dims >= 3 else grad
 
     def batches(self, elements: int) -> Iterator[tuple[slice, Bucket]]:
         """Cut into buckets of at most that many elements, or of one row where a single row is larger."""
@@ -103,20 +107,20 @@ class Bucket:
         )
 
 
-def fill(
+def sort_into_buckets(
     scalars: Scalars,
     tensors: Sequence[Sequence[Tensor]],  # per parameter: param, grad, exp_avg, exp_avg_sq, step
     indices: Sequence[int],
     blocks: int,
 ) -> list[Bucket]:
-    """Sort the parameters of one group into buckets of one device and one set of dtypes."""
+    """Return the parameters of one group in buckets of one device and one set of dtypes."""
     buckets: dict[tuple[object, ...], Bucket] = {}
     for index, (param, grad, exp_avg, exp_avg_sq, step) in zip(indices, tensors, strict=True):
-        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
+        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, step.device)
         bucket = buckets.get(key)
         if bucket is None:
             sign = -1.0 if scalars.maximize else 1.0
-            bucket = buckets[key] = Bucket(scalars, is_complex=param.is_complex(), grad_factor=sign)
+            bucket = buckets[key] = Bucket(scalars.on(param.device), is_complex=param.is_complex(), grad_factor=sign)
         bucket.params += _blocks(param, blocks)
         bucket.grads += _blocks(grad, blocks)
         bucket.exp_avgs += _blocks(exp_avg, blocks)

@@ -34,8 +34,8 @@ def param_groups(
         pairs in the model's order, tied parameters once, under their first name.
 
     Raises:
-        TypeError: `no_decay` is a string: an iterable of strings was meant
-        ValueError: the model has no parameters, or a pattern matches none
+        TypeError: `model` is no module, or `no_decay` is a string: an iterable of strings was meant
+        ValueError: the model has no parameters, or a pattern is no regular expression or matches none
 
     Example:
         >>> import torch, torchlamb
@@ -47,22 +47,33 @@ def param_groups(
     """
     if isinstance(no_decay, str):
         raise TypeError(f"no_decay must be an iterable of patterns, got the string {no_decay!r}; write [{no_decay!r}]")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model, not its parameters")
     named = list(model.named_parameters())
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameters to sort")
     if no_decay is None:
         excluded = _biases_and_normalisation(model)
     else:
-        patterns = list(no_decay)
-        excluded = {id(p) for name, p in named if any(re.search(pattern, name) for pattern in patterns)}
+        patterns = [_compiled(pattern) for pattern in no_decay]
+        excluded = {id(p) for name, p in named if any(pattern.search(name) for pattern in patterns)}
         for pattern in patterns:
-            if not any(re.search(pattern, name) for name, _ in named):
-                raise ValueError(f"no_decay pattern {pattern!r} matches no parameter; the first is called {named[0][0]!r}")
+            if not any(pattern.search(name) for name, _ in named):
+                raise ValueError(
+                    f"no_decay pattern {pattern.pattern!r} matches no parameter; the first is called {named[0][0]!r}"
+                )
     decayed: Group = {"params": [pair for pair in named if id(pair[1]) not in excluded], "weight_decay": weight_decay}
     undecayed: Group = {"params": [pair for pair in named if id(pair[1]) in excluded], "weight_decay": 0.0}
     if not adapt_excluded:
         undecayed["layer_adaptation"] = False
     return [group for group in (decayed, undecayed) if group["params"]]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no_decay pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _biases_and_normalisation(model: nn.Module) -> set[int]:

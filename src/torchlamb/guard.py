@@ -1,7 +1,7 @@
 """Whether a step is taken at all, and what its gradients are multiplied by: clipping, non-finite gradients, loss scaling.
 
 Everything is decided from one number, the squared norm over all gradients, and stays on the device unless the host can read it
-for free. This room must not know how a backend computes, nor write a gradient.
+for free (or has to, for autograd). This room must not know how a backend computes, nor write a gradient.
 """
 
 from __future__ import annotations
@@ -38,22 +38,28 @@ def guard(work: Work, group: dict[str, Any], grad_scale: Tensor | None, found_in
         sq_norm = _total_grad_sq_norm(work)
         if factor is not None:
             sq_norm = sq_norm * factor.to(sq_norm.device) ** 2
-        nonfinite = ~torch.isfinite(sq_norm)
+        nonfinite = ~torch.isfinite(sq_norm.float())
         skip = nonfinite if skip is None else nonfinite | skip.to(nonfinite.device)
         if group["max_grad_norm"] is not None:
             coefficient = rule.clip_coefficient(sq_norm, group["max_grad_norm"])
             factor = coefficient if factor is None else coefficient * factor.to(coefficient.device)
-    skipped = skip is not None and _host_may_read(skip, work) and bool(skip)
-    if skip is not None and not skipped and _host_may_read(skip, work):
-        skip = None  # the host knows that the step is taken: nothing has to be selected
+    host_reads = skip is not None and _host_may_read(skip, work, group)
     for _, bucket in work:
-        bucket.skip = None if skip is None else skip.to(bucket.device)
         if factor is not None:
             bucket.grad_factor = factor.to(bucket.device, bucket.dtype) * bucket.grad_factor
+        if skip is not None and not host_reads:
+            bucket.skip = skip.to(bucket.device)
+            bucket.on_device = True  # a skipped first step leaves step counts of 0, which only tensors survive
+    skipped = host_reads and bool(skip)
+    if skipped:
+        for _, bucket in work:
+            bucket.skip = skip
     return skipped
 
 
-def _host_may_read(skip: Tensor, work: Work) -> bool:
+def _host_may_read(skip: Tensor, work: Work, group: dict[str, Any]) -> bool:
+    if group["differentiable"]:
+        return True  # through a step that is selected away, autograd would pass 0 x NaN on
     return skip.is_cpu and not torch.compiler.is_compiling() and not any(bucket.on_device for _, bucket in work)
 
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 
 from torchlamb import rule
 from torchlamb.backends import Work, resolve
-from torchlamb.bucket import fill
+from torchlamb.bucket import sort_into_buckets
 from torchlamb.guard import guard, is_guarded
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
@@ -61,18 +61,19 @@ class Lamb(Optimizer):
             (default: False)
         max_grad_norm: clip the norm over the gradients of all groups to this, and skip steps as `skip_nonfinite` does; None for
             never (default: None)
-        skip_nonfinite: skip a step whose gradients are not all finite, or whose sum of squares overflows float32 (float64 for
-            float64 parameters): parameters, moments and step counts stay (default: False)
+        skip_nonfinite: skip a step whose gradients are not all finite, or whose sum of squares overflows float32: parameters,
+            moments and step counts stay (default: False)
         master_weights: not available in this version
         stochastic_rounding: not available in this version
         state_dtype: not available in this version: moments are float32 for bf16 and fp16 parameters, the parameter's own dtype
             otherwise
         maximize: maximize the objective (default: False)
-        foreach: True for torch's multi-tensor operations, False for one tensor after the other, None for whichever is faster on
-            the device; `repr` says what is in use (default: None)
+        foreach: True for torch's multi-tensor operations, False for one tensor after the other. None chooses by device: one
+            after the other on CPUs, though True is faster there for many tiny tensors; `repr` says what is in use and why
+            (default: None)
         fused: True is not available in this version (default: None)
         capturable: keep step counts on the device and read nothing back, for graph capture and `torch.compile`; the lr can then
-            be a tensor that is changed in place (default: False)
+            be a tensor on the parameters' device that is changed in place (default: False)
         differentiable: let autograd run through `step()` (default: False)
 
     `max_grad_norm`, `skip_nonfinite` and `differentiable` must be the same in all groups; everything else may differ.
@@ -159,7 +160,9 @@ class Lamb(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient; nothing has changed then
+            RuntimeError: a sparse gradient, or a graph capture without `capturable`
+            ValueError, TypeError, NotImplementedError: as the constructor does, for parameters and options that were changed in
+                `param_groups`. Nothing has changed after any of these.
         """
         loss = None
         if closure is not None:
@@ -271,7 +274,7 @@ class Lamb(Optimizer):
             for device in sorted({p.device for p in group["params"]}, key=str):
                 backend, why = resolve(group, device)
                 lines.append(f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})")
-        return super().__repr__().removesuffix(")") + "\n".join(lines) + "\n)"
+        return super().__repr__().removesuffix(")") + "\n" + "\n".join(lines) + "\n)"
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -289,8 +292,9 @@ class Lamb(Optimizer):
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
-            for bucket in fill(Scalars.from_group(group), list(zip(*columns, strict=True)), indices, group["blocks"]):
-                bucket.on_device = group["capturable"] or not all(step.is_cpu for step in bucket.steps)
+            rows = list(zip(*columns, strict=True))
+            for bucket in sort_into_buckets(Scalars.from_group(group), rows, indices, group["blocks"]):
+                bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
                 work.append((resolve(group, bucket.device)[0], bucket))
         return work
 
@@ -316,7 +320,7 @@ class Lamb(Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            elif state["step"].device != step_device:
+            elif state["step"].device != step_device and step_device.type != "cpu":  # never back: it may be compiled for
                 state["step"] = state["step"].to(step_device)
             params.append(p)
             grads.append(p.grad)
@@ -330,6 +334,7 @@ class Lamb(Optimizer):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
         if capturing and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
+        check_alike(self.param_groups, self.defaults)
         for i, group in enumerate(self.param_groups):
             check_params(group, i)
             check_grads(group, i)

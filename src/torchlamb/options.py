@@ -56,8 +56,7 @@ def check_alike(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> N
 
 def check_params(group: dict[str, Any], group_index: int) -> None:
     """Raise if a parameter of the group cannot be stepped. Entries may still be (name, parameter) pairs."""
-    blocks, lr = group["blocks"], group["lr"]
-    lr_device = lr.device if isinstance(lr, Tensor) and not lr.is_cpu else None  # one on the host serves every device
+    blocks = group["blocks"]
     for i, p in enumerate(group["params"]):
         param = p[1] if isinstance(p, tuple) else p
         if not isinstance(param, Tensor):
@@ -68,9 +67,9 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         if blocks != 1 and (param.dim() == 0 or param.shape[0] % blocks):
             name, shape = _name(group, group_index, i), tuple(param.shape)
             raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {shape}")
-        if lr_device is not None and lr_device != param.device:
+        if param.is_floating_point() and param.dtype.itemsize < 2:
             name = _name(group, group_index, i)
-            raise ValueError(f"lr is on {lr_device} and {name} on {param.device}; put lr there, or on the CPU")
+            raise TypeError(f"{name} has dtype {param.dtype}, which cannot be stepped; give Lamb parameters of 16 bits or more")
 
 
 def check_grads(group: dict[str, Any], group_index: int) -> None:
@@ -117,7 +116,7 @@ def _bounds(name: str, value: Any) -> tuple[float, float] | None:
     wanted = "None or two numbers (low, high) with 0 <= low <= high and high > 0"
     if value is None:
         return None
-    low, high = _pair(name, value, wanted, _number(wanted, lambda x: x >= 0))
+    low, high = _pair(name, value, wanted, _number("a number >= 0", lambda x: x >= 0))
     if not (low <= high and high > 0):
         raise _fail(ValueError, name, wanted, value)
     return low, high
@@ -125,7 +124,7 @@ def _bounds(name: str, value: Any) -> tuple[float, float] | None:
 
 def _betas(name: str, value: Any) -> tuple[float, float]:
     wanted = "two floats in [0, 1)"
-    return _pair(name, value, wanted, _number(wanted, lambda x: 0 <= x < 1))
+    return _pair(name, value, wanted, _number("a float in [0, 1)", lambda x: 0 <= x < 1))
 
 
 def _pair(name: str, value: Any, wanted: str, check_one: Callable[[str, Any], float]) -> tuple[float, float]:

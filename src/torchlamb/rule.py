@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,13 @@ class Scalars:
             phi_bounds=group["phi_bounds"],
             trust_ratio_bounds=group["trust_ratio_bounds"],
         )
+
+    def on(self, device: torch.device) -> Scalars:
+        """Return them with a tensor lr where a bucket of that device can use it. One on the CPU serves every device."""
+        lr = self.lr
+        if not isinstance(lr, Tensor) or lr.is_cpu or lr.device == device:
+            return self
+        return replace(self, lr=lr.to(device))
 
 
 def advance_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> None:
@@ -135,10 +142,9 @@ def clip_coefficient(grad_sq_norm: Tensor, max_grad_norm: float) -> Tensor:
 def centralize(grad: Tensor, dims: int) -> Tensor:
     """Return `grad` less its mean over every dim but the first (arXiv 2004.01461), for convolution weights.
 
-    Only tensors of 3 or more dims are changed: those are the weights of convolutions; biases and matrices are left alone.
-    `dims` does not count the last one of complex tensors viewed as real pairs.
+    `dims` is the tensor's number of dims, not counting the last one of a complex tensor viewed as real pairs.
     """
-    return grad - grad.mean(dim=tuple(range(1, dims)), keepdim=True) if dims >= 3 else grad
+    return grad - grad.mean(dim=tuple(range(1, dims)), keepdim=True)
 
 
 def root(x: Tensor) -> Tensor:

@@ -14,15 +14,16 @@ def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None
     """Take one step and assert LAMB's invariant: every adapted tensor moves by ``lr * |param|``.
 
     It holds for every tensor with a gradient and two norms above 0, as long as nothing clamps norms or ratios and a parameter
-    is one block. Groups where `layer_adaptation` is False, bounds are set or `blocks` is not 1 are left out.
+    is one block. Groups where `layer_adaptation` is False, bounds are set or `blocks` is not 1 are left out. Choose an lr well
+    above the rounding of the dtype: that a bf16 parameter moved by 1e-3 of its norm cannot be told. A skipped step fails.
 
     Args:
         optimizer: any LAMB, ready to step. Parameters of any floating-point dtype.
         closure: given to ``optimizer.step`` (default: None)
 
     Raises:
-        AssertionError: naming the first parameter that moved by another length. Tolerances, relative to ``lr * |param|``: 1e-6
-            (float64: 1e-12) plus the rounding of the parameter itself.
+        AssertionError: naming the first parameter that moved by another length, or if there was none to check. Tolerances,
+            relative to ``lr * |param|``: 1e-6 (float64: 1e-12) plus the rounding of the parameter itself.
 
     Example:
         >>> import torch, torchlamb
@@ -39,9 +40,11 @@ def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None
         for i, p in enumerate(group["params"])
     ]
     optimizer.step(closure)
+    checked = 0
     for name, group, p, old in before:
         if not _is_adapted(group) or p.grad is None or not old.any():
             continue
+        checked += 1
         new, eps = p.detach(), torch.finfo(old.dtype).eps
         wide = torch.promote_types(old.dtype, torch.float64)
         moved = _norm(new.to(wide) - old.to(wide))
@@ -51,6 +54,8 @@ def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None
         tolerance = (1e-12 if eps < 1e-15 else 1e-6) * wanted + eps / 2 * _norm(new.to(wide))
         if not abs(moved - wanted) <= tolerance:
             raise AssertionError(f"{name} moved by {moved:.9g}, not by lr * |param| = {wanted:.9g} (+- {tolerance:.2g})")
+    if not checked:
+        raise AssertionError("nothing to check: no adapted parameter has a gradient and a norm above 0")
 
 
 def _norm(t: Tensor) -> float:

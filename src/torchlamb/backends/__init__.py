@@ -44,5 +44,5 @@ def resolve(group: dict[str, Any], device: torch.device) -> tuple[Backend, str]:
     if group["foreach"] is not None:
         return foreach if group["foreach"] else single, f"foreach={group['foreach']} was asked for"
     if device.type == "cpu":
-        return single, "foreach=None: its cache-sized pieces were measured faster than foreach on a CPU"
-    return foreach, f"foreach=None: fewer launches than one tensor at a time on {device.type}"
+        return single, "foreach=None: on a CPU, pieces that fit in the cache were measured faster on BERT's tensors"
+    return foreach, f"foreach=None: many tensors in one call; not measured on {device.type}"
