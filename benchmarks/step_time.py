@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -99,20 +100,20 @@ def measure(makers: dict[str, Make], shapes: list[tuple[int, ...]], rounds: int,
 
 
 def peak_memory(name: str, shapes: str) -> float | None:
-    """MiB that a first step needs beyond parameters, gradients and state, in a process of its own; Linux only."""
+    """MiB that a step needs beyond parameters, gradients and state, in a process of its own; Linux with glibc only."""
     command = [sys.executable, __file__, "--peak-of", name, "--shapes", shapes]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     return float(done.stdout) if done.returncode == 0 else None
 
 
 def own_peak_memory(make: Make, shapes: list[tuple[int, ...]]) -> float:
-    params = make_params(shapes, "cpu")
-    optimizer = make(params)
+    optimizer = make(make_params(shapes, "cpu"))
+    optimizer.step()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back to the system, so that using it again counts
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     optimizer.step()
-    state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
-    return (_status("VmHWM") - before) / 1024 - state / 2**20
+    return (_status("VmHWM") - before) / 1024
 
 
 def _status(key: str) -> int:
