@@ -25,6 +25,7 @@ class Reference:
         self.exp_avg_sqs = [np.zeros_like(p) for p in self.params]
         self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
         self.walked = [np.zeros_like(p) for p in self.params]  # sum over the steps of |w|
+        self.largest = [np.abs(p) for p in self.params]  # over the steps, of |w|
         self.ratios: list[list[float]] = [[] for _ in params]
 
     def step(self, grads: list[Array | None]) -> bool:
@@ -62,6 +63,7 @@ class Reference:
         new = self.store(new)
         self.paths[i] += np.abs(new - w)
         self.walked[i] += np.abs(w)
+        self.largest[i] = np.maximum(self.largest[i], np.abs(new))
         self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i], self.step_counts[i] = new, m, v, t
 
 
