@@ -21,12 +21,11 @@ class Reference:
         self.options = options
         self.store = store  # how a parameter is rounded when it is written
         self.step_counts = [0] * len(params)
-        self.exp_avgs = [np.zeros_like(p) for p in self.params]
-        self.exp_avg_sqs = [np.zeros_like(p) for p in self.params]
+        self.exp_avgs, self.exp_avg_sqs = ([np.zeros_like(p) for p in self.params] for _ in range(2))
         self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
         self.walked = [np.zeros_like(p) for p in self.params]  # sum over the steps of |w|
         self.largest = [np.abs(p) for p in self.params]  # over the steps, of |w|
-        self.ratios: list[list[float]] = [[] for _ in params]
+        self.ratios: list[list[tuple[float, float]]] = [[] for _ in params]  # per block: ratio, cancellation in the update
 
     def step(self, grads: list[Array | None]) -> bool:
         """Return whether the step was taken."""
@@ -48,18 +47,19 @@ class Reference:
         if o["grad_centralization"] and grad.ndim >= 3:
             grad = grad - grad.mean(axis=tuple(range(1, grad.ndim)), keepdims=True)
         g = _real(grad) * clip * (-1.0 if o["maximize"] else 1.0)
-        (beta1, beta2), t = o["betas"], self.step_counts[i] + 1
+        (beta1, beta2), t, w = o["betas"], self.step_counts[i] + 1, self.params[i]
         m = beta1 * self.exp_avgs[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * g
         v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
         m_hat = m / (1 - beta1**t) if o["bias_correction"] else m
         v_hat = v / (1 - beta2**t) if o["bias_correction"] else v
-        w = self.params[i]
-        u = m_hat / (np.sqrt(v_hat) + o["eps"]) + o["weight_decay"] * w
+        direction = m_hat / (np.sqrt(v_hat) + o["eps"])
+        u = direction + o["weight_decay"] * w
         new, self.ratios[i] = w.copy(), []
         for block in np.split(np.arange(len(w)), o["blocks"]) if o["blocks"] > 1 else [...]:
             ratio = _trust_ratio(np.sqrt(np.square(w[block]).sum()), np.sqrt(np.square(u[block]).sum()), o)
             new[block] = w[block] - o["lr"] * ratio * u[block]
-            self.ratios[i].append(ratio)
+            parts = np.abs(direction[block]) + o["weight_decay"] * np.abs(w[block])
+            self.ratios[i].append((ratio, float(np.linalg.norm(parts) / (np.linalg.norm(u[block]) or 1.0))))
         new = self.store(new)
         self.paths[i] += np.abs(new - w)
         self.walked[i] += np.abs(w)
