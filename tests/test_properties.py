@@ -14,7 +14,7 @@ from torchlamb.testing import assert_relative_step
 SHAPES = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 OPTIONS = st.fixed_dictionaries(
     {
-        "lr": st.floats(1e-4, 1.0),
+        "lr": st.floats(1e-4, 0.9),  # at 1 a single element can land on 0, which leaves nothing to check
         "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.9999)),
         "eps": st.sampled_from([1e-8, 1e-6, 1e-2]),
         "weight_decay": st.sampled_from([0.0, 0.01, 0.5]),
