@@ -80,7 +80,12 @@ def _biases_and_normalisation(model: nn.Module) -> set[int]:
     excluded: set[int] = set()
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        vectors_only = all(p.dim() <= 1 for p in own.values())
-        norm = isinstance(module, _NORMALISATION) or (vectors_only and "norm" in type(module).__name__.lower())
+        norm = is_normalisation(module)
         excluded.update(id(p) for name, p in own.items() if norm or "bias" in name)
     return excluded
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Return whether it is a torch normalisation layer, or of a class with "norm" in its name and has only vectors itself."""
+    vectors_only = all(p.dim() <= 1 for p in module.parameters(recurse=False))
+    return isinstance(module, _NORMALISATION) or (vectors_only and "norm" in type(module).__name__.lower())

@@ -331,8 +331,7 @@ class Lamb(Optimizer):
 
     def _check_step(self) -> None:
         """Raise for what cannot be stepped in any group, before anything changes."""
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-        if capturing and not all(group["capturable"] for group in self.param_groups):
+        if is_capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
         check_alike(self.param_groups, self.defaults)
         for i, group in enumerate(self.param_groups):
@@ -349,6 +348,11 @@ class Lamb(Optimizer):
                         self.state[p][name] = step.to(_step_device(group, p))
                     elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
                         self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+
+def is_capturing() -> bool:
+    """Return whether what is launched now is recorded in a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def _step_device(group: dict[str, Any], param: Tensor) -> torch.device:

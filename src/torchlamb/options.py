@@ -97,16 +97,17 @@ def _name(group: dict[str, Any], group_index: int, i: int) -> str:
     return f"parameter {names[i]!r}" if i < len(names) else f"parameter {i} of group {group_index}"
 
 
-def _fail(kind: type[Exception], name: str, wanted: str, value: object) -> Exception:
+def fail(kind: type[Exception], name: str, wanted: str, value: object) -> Exception:
+    """Return the exception for an argument: what it must be and what was got."""
     return kind(f"{name} must be {wanted}, got {value!r}")
 
 
 def _number(wanted: str, accept: Callable[[float], bool]) -> Callable[[str, Any], float]:
     def check_number(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise _fail(TypeError, name, wanted, value)
+            raise fail(TypeError, name, wanted, value)
         if not accept(float(value)):
-            raise _fail(ValueError, name, wanted, value)
+            raise fail(ValueError, name, wanted, value)
         return float(value)
 
     return check_number
@@ -118,7 +119,7 @@ def _bounds(name: str, value: Any) -> tuple[float, float] | None:
         return None
     low, high = _pair(name, value, wanted, _number("a number >= 0", lambda x: x >= 0))
     if not (low <= high and high > 0):
-        raise _fail(ValueError, name, wanted, value)
+        raise fail(ValueError, name, wanted, value)
     return low, high
 
 
@@ -129,9 +130,9 @@ def _betas(name: str, value: Any) -> tuple[float, float]:
 
 def _pair(name: str, value: Any, wanted: str, check_one: Callable[[str, Any], float]) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)):
-        raise _fail(TypeError, name, wanted, value)
+        raise fail(TypeError, name, wanted, value)
     if len(value) != 2:
-        raise _fail(ValueError, name, wanted, value)
+        raise fail(ValueError, name, wanted, value)
     return check_one(f"{name}[0]", value[0]), check_one(f"{name}[1]", value[1])
 
 
@@ -142,17 +143,17 @@ def _lr(name: str, value: Any) -> float | Tensor:
     if value.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}; set one lr per parameter group")
     if value.is_complex() or value.dtype == torch.bool:
-        raise _fail(TypeError, name, wanted, value)
+        raise fail(TypeError, name, wanted, value)
     if not value.is_meta and not _finite_from_0(value.item()):
-        raise _fail(ValueError, name, wanted, value)
+        raise fail(ValueError, name, wanted, value)
     return value
 
 
 def _blocks(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _fail(TypeError, name, "an int >= 1", value)
+        raise fail(TypeError, name, "an int >= 1", value)
     if value < 1:
-        raise _fail(ValueError, name, "an int >= 1", value)
+        raise fail(ValueError, name, "an int >= 1", value)
     return value
 
 
@@ -163,18 +164,23 @@ def _max_grad_norm(name: str, value: Any) -> float | None:
 
 def _state_dtype(name: str, value: Any) -> torch.dtype | None:
     if value is not None and not isinstance(value, torch.dtype):
-        raise _fail(TypeError, name, "None or a torch.dtype", value)
+        raise fail(TypeError, name, "None or a torch.dtype", value)
     return value
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
+    """Return a bool, and nothing that only looks like one.
+
+    Raises:
+        TypeError: it is none
+    """
     if not isinstance(value, bool):
-        raise _fail(TypeError, name, "True or False", value)
+        raise fail(TypeError, name, "True or False", value)
     return value
 
 
 def _tristate(name: str, value: Any) -> bool | None:
-    return None if value is None else _flag(name, value)
+    return None if value is None else flag(name, value)
 
 
 def _finite_from_0(x: float) -> bool:
@@ -186,21 +192,21 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "betas": _betas,
     "eps": _number("a finite number >= 0", _finite_from_0),
     "weight_decay": _number("a finite number >= 0", _finite_from_0),
-    "bias_correction": _flag,
-    "layer_adaptation": _flag,
-    "grad_averaging": _flag,
+    "bias_correction": flag,
+    "layer_adaptation": flag,
+    "grad_averaging": flag,
     "phi_bounds": _bounds,
     "trust_ratio_bounds": _bounds,
     "blocks": _blocks,
-    "grad_centralization": _flag,
+    "grad_centralization": flag,
     "max_grad_norm": _max_grad_norm,
-    "skip_nonfinite": _flag,
-    "master_weights": _flag,
-    "stochastic_rounding": _flag,
+    "skip_nonfinite": flag,
+    "master_weights": flag,
+    "stochastic_rounding": flag,
     "state_dtype": _state_dtype,
-    "maximize": _flag,
+    "maximize": flag,
     "foreach": _tristate,
     "fused": _tristate,
-    "capturable": _flag,
-    "differentiable": _flag,
+    "capturable": flag,
+    "differentiable": flag,
 }

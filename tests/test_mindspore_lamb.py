@@ -1,0 +1,928 @@
+"""`torchlamb.mindspore.nn.Lamb`. Test names give the row of the specification's checklist that they hold (row15: platforms)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import itertools
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import DEFAULTS
+from reference import Reference
+from torch import Tensor
+
+import torchlamb
+from torchlamb.backends import foreach, resolve
+from torchlamb.mindspore import nn
+
+SHAPES = {"conv.weight": (4, 3, 2, 2), "fc.weight": (5, 4), "fc.bias": (5,), "norm.gamma": (4,), "norm.beta": (4,)}
+
+
+class Ramp(nn.LearningRateSchedule):
+    """A user's schedule, with what users' schedules compute with."""
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def construct(self, global_step: Any) -> Any:
+        return torch.tensor(self.slope) * (global_step + 1)
+
+
+class Calls(nn.LearningRateSchedule):
+    """Returns what it was made with, step by step, and keeps the steps it was asked for."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values, self.steps = values, []
+
+    def construct(self, global_step: Any) -> Any:
+        self.steps.append(global_step)
+        return self.values[global_step]
+
+
+def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[nn.NamedParameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        nn.NamedParameter(name, torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)))
+        for name, shape in SHAPES.items()
+    ]
+
+
+def make_grads(params: list[nn.NamedParameter], step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for _, p in params]
+
+
+def set_grads(params: list[nn.NamedParameter], step: int) -> None:
+    for (_, p), grad in zip(params, make_grads(params, step), strict=True):
+        p.grad = grad
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[nn.NamedParameter], steps: range | int = 3) -> None:
+    for step in range(steps) if isinstance(steps, int) else steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def assert_follows_reference(
+    optimizer: nn.Lamb, params: list[nn.NamedParameter], options: list[dict[str, Any]], lrs: list[list[float]]
+) -> None:
+    """Step with random gradients and compare with the reference; `options` and each row of `lrs` are per parameter."""
+    reference = Reference([p.detach().numpy() for _, p in params], [{**DEFAULTS, **o} for o in options])
+    for step, row in enumerate(lrs):
+        set_grads(params, step)
+        optimizer.step()
+        for o, lr in zip(reference.options, row, strict=True):
+            o["lr"] = lr
+        reference.step([p.grad.numpy() for _, p in params])
+    for (name, p), wanted, path in zip(params, reference.params, reference.paths, strict=True):
+        error = np.abs(p.detach().numpy() - wanted)
+        assert (error <= 1e-12 * path + 2.0**-52 * np.abs(wanted) * len(lrs)).all(), name
+
+
+def snapshot(optimizer: nn.Lamb) -> Any:
+    state = copy.deepcopy(optimizer.state_dict())
+    return state, [p.detach().clone() for _, p in optimizer.parameters], [p.grad for _, p in optimizer.parameters]
+
+
+def assert_unchanged(optimizer: nn.Lamb, before: Any) -> None:
+    state, params, grads = before
+    now = optimizer.state_dict()
+    assert now["param_groups"] == state["param_groups"]
+    assert now["global_step"] == state["global_step"]
+    assert now["state"].keys() == state["state"].keys()
+    for key, entry in now["state"].items():
+        assert all(torch.equal(value, state["state"][key][name]) for name, value in entry.items())
+    assert all(torch.equal(p, old) for (_, p), old in zip(optimizer.parameters, params, strict=True))
+    assert all(p.grad is grad for (_, p), grad in zip(optimizer.parameters, grads, strict=True))
+
+
+# Row 1: the constructor
+
+
+def test_row01_arguments_are_those_of_the_document():
+    parameters = list(inspect.signature(nn.Lamb).parameters.values())
+    required, optional = parameters[:2], parameters[2:-1]
+    assert [p.name for p in required] == ["params", "learning_rate"]
+    assert all(p.default is p.empty for p in required)
+    assert {p.name: p.default for p in optional} == {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.0}
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in required + optional)
+
+
+def test_row01_follows_the_float64_reference():
+    params = make_params()
+    optimizer = nn.Lamb(params, 0.1, 0.8, 0.95, 1e-3, 0.1)
+    common = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+    options = [{**common, "weight_decay": 0.0} if name.startswith("norm") else common for name in SHAPES]
+    assert_follows_reference(optimizer, params, options, [[0.1] * len(params)] * 5)
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"foreach": True},
+        {"foreach": False},
+        {"capturable": True},
+        {"max_grad_norm": 0.5},
+        {"skip_nonfinite": True},
+        {"trust_ratio_bounds": (0.0, 10.0)},
+        {"maximize": True, "bias_correction": False},
+        {"grad_centralization": True},
+    ],
+    ids=str,
+)
+def test_row01_further_keywords_are_those_of_torchlamb(further):
+    params = make_params()
+    optimizer = nn.Lamb(params, 0.1, **further)
+    assert all(group[name] == value for group in optimizer.param_groups for name, value in further.items())
+    assert_follows_reference(optimizer, params, [further] * len(params), [[0.1] * len(params)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("further", "error"), [({"lr": 0.1}, "lr"), ({"betas": (0.9, 0.9)}, "betas"), ({"beta3": 0.1}, "beta3")]
+)
+def test_row01_other_keywords_are_refused(further, error):
+    with pytest.raises(TypeError, match=error):
+        nn.Lamb(make_params(), 0.1, **further)
+
+
+def test_row01_group_keys_are_the_frozen_ones():
+    assert nn.Lamb(make_params(), Ramp(0.1)).param_groups[0].keys() == {*DEFAULTS, "params", "param_names"}
+
+
+# Row 2: parameters
+
+
+@pytest.mark.parametrize("form", ["named", "pairs", "bare", "generator", "tuple"])
+def test_row02_forms_of_parameters(form):
+    named = make_params()
+    given: Any = {
+        "named": named,
+        "pairs": [tuple(x) for x in named],
+        "bare": [p for _, p in named],
+        "generator": (x for x in named),
+        "tuple": tuple(named),
+    }[form]
+    optimizer = nn.Lamb(given, 0.1)
+    assert all(x.parameter is p for x, (_, p) in zip(optimizer.parameters, named, strict=True))
+    names = [f"parameters[{i}]" for i in range(len(named))] if form == "bare" else list(SHAPES)
+    assert [x.name for x in optimizer.parameters] == names
+    run(optimizer, named, 1)
+    assert all(len(state) == 3 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("params", "kind", "words"),
+    [
+        (None, ValueError, "params must be a list of parameters or of dicts, got None"),
+        ([], ValueError, "empty"),
+        ((), ValueError, "empty"),
+        (3, TypeError, "params"),
+        ("weights", TypeError, "params"),
+        (torch.ones(2), TypeError, "params"),
+        (torch.nn.Linear(2, 2), TypeError, "params"),
+        ({"params": [torch.ones(2)]}, TypeError, "params"),
+        ([torch.ones(2), {"params": [torch.ones(2)]}], TypeError, r"params\[0\] must be a dict, as others are, got Tensor"),
+        ([{"params": [torch.ones(2)]}, torch.ones(2)], TypeError, r"params\[1\]"),
+        ([torch.ones(2), 3], TypeError, r"params\[1\] must be a parameter.* or a dict, got 3"),
+        ([("w", 3)], TypeError, r"params\[0\]"),
+        ([("w", torch.ones(2)), torch.ones(2)], ValueError, r"params\[1\].*name all or none"),
+        ([{"params": None}], ValueError, "group 0 params"),
+        ([{"params": []}], ValueError, "group 0 params.*empty"),
+        ([{"params": torch.ones(2)}], TypeError, "group 0 params"),
+        ([{"params": ["w"]}], TypeError, r"group 0 params\[0\]"),
+    ],
+    ids=lambda x: "" if not isinstance(x, str) else x[:24],
+)
+def test_row02_wrong_parameters(params, kind, words):
+    with pytest.raises(kind, match=words):
+        nn.Lamb(params, 0.1)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_row02_duplicates_are_named(grouped):
+    params = make_params()
+    given: Any = [{"params": params}, {"params": params[1:2]}] if grouped else [*params, params[1]]
+    with pytest.raises(RuntimeError, match=r"'fc\.weight' is given twice"):
+        nn.Lamb(given, 0.1)
+
+
+# Rows 3, 4: groups
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "betas", "max_grad_norm", "Params"])
+def test_row03_another_key_is_refused_with_the_five(key):
+    with pytest.raises(KeyError) as error:
+        nn.Lamb([{"params": make_params(), key: 0.1}], 0.1)
+    for name in (key, "params", "lr", "weight_decay", "grad_centralization", "order_params"):
+        assert repr(name) in str(error.value.args[0])
+
+
+def test_row03_params_are_required():
+    with pytest.raises(KeyError, match="group 0 has no 'params'"):
+        nn.Lamb([{"lr": 0.1}], 0.1)
+
+
+@pytest.mark.parametrize("permutation", [(4, 2, 0, 1, 3), (1, 0, 3, 2, 4)])
+@pytest.mark.parametrize("form", ["named", "bare", "generator"])
+def test_row03_order_params_orders_parameters_gradients_and_results(permutation, form):
+    params, twins = make_params(), make_params()
+    order = [params[i] for i in permutation]
+    given: Any = {"named": order, "bare": [p for _, p in order], "generator": (x for x in order)}[form]
+    optimizer = nn.Lamb([{"params": params[:2], "lr": 0.2}, {"order_params": given}, {"params": params[2:]}], 0.1)
+    assert [x.name for x in optimizer.parameters] == [x.name for x in order]
+    assert all(x.parameter is y.parameter for x, y in zip(optimizer.parameters, order, strict=True))
+    twin = torchlamb.Lamb([{"params": [p for _, p in twins[:2]], "lr": 0.2}, {"params": [p for _, p in twins[2:]]}], 0.1)
+    run(twin, twins, 1)
+    results = optimizer([make_grads(params, 0)[i] for i in permutation])
+    assert results == (True,) * len(params)
+    assert all(torch.equal(x.parameter, y.parameter) for x, y in zip(params, twins, strict=True))
+
+
+def test_row03_without_order_params_the_order_is_that_given():
+    params = make_params()
+    assert list(nn.Lamb(params, 0.1, weight_decay=0.1).parameters) == params
+    shuffled = [params[i] for i in (3, 0, 4, 1, 2)]  # gamma and beta are a group of their own inside
+    assert list(nn.Lamb(shuffled, 0.1, weight_decay=0.1).parameters) == shuffled
+    assert list(nn.Lamb([{"params": params[3:]}, {"params": params[:3]}], 0.1).parameters) == params[3:] + params[:3]
+
+
+def test_row03_wrong_order_params():
+    params = make_params()
+    group = {"params": params}
+    for order, kind, words in [
+        ({"order_params": params, "lr": 0.1}, ValueError, "'order_params' beside other keys"),
+        ({"order_params": params, "params": params}, ValueError, "'order_params' beside other keys"),
+        ({"order_params": 3}, TypeError, "order_params"),
+        ({"order_params": [3]}, TypeError, r"order_params\[0\]"),
+        ({"order_params": []}, ValueError, "order_params.*empty"),
+        ({"order_params": params[:-1]}, ValueError, r"order_params lacks 'norm\.beta'"),
+        ({"order_params": [*params, params[0]]}, ValueError, "twice"),
+        ({"order_params": [*params[:-1], torch.ones(2)]}, ValueError, r"order_params\[4\] is in no group"),
+    ]:
+        with pytest.raises(kind, match=words):
+            nn.Lamb([group, order], 0.1)
+    with pytest.raises(ValueError, match="given twice"):
+        nn.Lamb([group, {"order_params": params}, {"order_params": params}], 0.1)
+    with pytest.raises(ValueError, match="no group with 'params'"):
+        nn.Lamb([{"order_params": params}], 0.1)
+
+
+def test_row04_missing_values_come_from_the_optimizer():
+    params = make_params()
+    groups = [
+        {"params": params[:1], "weight_decay": 0.01, "grad_centralization": True},
+        {"params": params[1:2], "lr": Ramp(0.05)},
+        {"params": params[2:]},
+    ]
+    kept = copy.deepcopy(groups)
+    optimizer = nn.Lamb(groups, [0.3, 0.2, 0.1], weight_decay=0.1)
+    assert [group.keys() for group in groups] == [group.keys() for group in kept]  # the caller's dicts stay as they were
+    options = [{"weight_decay": 0.01, "grad_centralization": True}] + [{"weight_decay": 0.1}] * 4
+    lrs = [[0.3, 0.05, 0.3, 0.3, 0.3], [0.2, 0.1, 0.2, 0.2, 0.2], [0.1, 0.05 * 3, 0.1, 0.1, 0.1]]
+    lrs = [[float(torch.tensor(0.05) * (s + 1)) if i == 1 else lr for i, lr in enumerate(row)] for s, row in enumerate(lrs)]
+    assert_follows_reference(optimizer, params, options, lrs)
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "yes", 1.0])
+def test_row04_grad_centralization_is_a_bool(value):
+    with pytest.raises(TypeError, match="group 0 grad_centralization"):
+        nn.Lamb([{"params": make_params(), "grad_centralization": value}], 0.1)
+
+
+# Rows 5, 6: centralization, decay by name
+
+
+@pytest.mark.parametrize("channels", [3, 16])  # the original skips what 16 does not divide
+def test_row05_only_convolutions_are_centralized(channels):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, channels, 3, 3), (4, channels, 3), (4, 16), (16,)]
+    params = [nn.NamedParameter(str(shape), torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+    for _, p in params:
+        p.requires_grad_()
+    optimizer = nn.Lamb([{"params": params, "grad_centralization": True}], 0.1)
+    options = [{"grad_centralization": len(shape) >= 3} for shape in shapes]
+    assert_follows_reference(optimizer, params, options, [[0.1] * 4] * 3)
+
+
+class AllNorms(torch.nn.Module):
+    """Every kind of normalisation layer that torch has, one of a stranger's, and layers that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 3)
+        self.batch = torch.nn.BatchNorm2d(4)
+        self.sync = torch.nn.SyncBatchNorm(4)
+        self.layer = torch.nn.LayerNorm((4, 4))  # the weight has two dims
+        self.group = torch.nn.GroupNorm(2, 4)
+        self.instance = torch.nn.InstanceNorm2d(4, affine=True)
+        self.rms = torch.nn.RMSNorm(4)
+        self.bare = torch.nn.LayerNorm(4, elementwise_affine=False)
+        self.own = self.OwnNorm()
+        self.fc = torch.nn.Linear(4, 4)
+
+    class OwnNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+
+NORM_NAMES = ["batch.gamma", "batch.beta", "sync.gamma", "sync.beta", "layer.gamma", "layer.beta", "group.gamma", "group.beta"]
+NORM_NAMES += ["instance.gamma", "instance.beta", "rms.gamma", "own.gamma"]
+
+
+def test_row06_normalisation_layers_do_not_decay():
+    model = AllNorms()
+    optimizer = nn.Lamb(nn.trainable_params(model), 0.1, weight_decay=0.1)
+    decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert [name for name in decay if decay[name] == 0.0] == NORM_NAMES
+    assert {name for name in decay if decay[name] == 0.1} == {"conv.weight", "conv.bias", "fc.weight", "fc.bias"}
+
+
+def test_row06_the_rule_is_a_substring_of_the_name():
+    named = [(name, torch.nn.Parameter(torch.ones(2))) for name in ("alphabeta.weight", "GAMMA", "x.gamma_2", "weight")]
+    groups = nn.Lamb(named, 0.1, weight_decay=0.1).param_groups
+    assert [(g["weight_decay"], g["param_names"]) for g in groups] == [
+        (0.1, ["GAMMA", "weight"]),
+        (0.0, ["alphabeta.weight", "x.gamma_2"]),
+    ]
+
+
+def test_row06_the_decay_of_a_group_applies_to_all_of_it():
+    params = make_params()
+    optimizer = nn.Lamb([{"params": params[:3], "weight_decay": 0.2}, {"params": params[3:]}], 0.1, weight_decay=0.1)
+    options = [{"weight_decay": 0.2}] * 3 + [{"weight_decay": 0.1}] * 2
+    assert_follows_reference(optimizer, params, options, [[0.1] * 5] * 3)
+
+
+# Row 7: learning rates
+
+FORMS: list[tuple[str, Any, list[float]]] = [
+    ("float", 0.1, [0.1, 0.1, 0.1, 0.1]),
+    ("zero", 0.0, [0.0, 0.0, 0.0, 0.0]),
+    ("int", 1, [1.0, 1.0, 1.0, 1.0]),
+    ("scalar-tensor", torch.tensor(0.125), [0.125, 0.125, 0.125, 0.125]),
+    ("int-tensor", torch.tensor(1), [1.0, 1.0, 1.0, 1.0]),
+    ("vector", torch.tensor([0.5, 0.25, 0.125, 0.0625]), [0.5, 0.25, 0.125, 0.0625]),
+    ("list", [0.4, 0.3, 0, 1], [0.4, 0.3, 0.0, 1.0]),
+    ("longer-list", [0.4, 0.3, 0.2, 0.1, 7.0], [0.4, 0.3, 0.2, 0.1]),
+    ("generator", "made in the test", [0.25, 0.5, 0.75, 1.0]),
+    ("array", np.array([0.4, 0.3, 0.2, 0.1]), [0.4, 0.3, 0.2, 0.1]),
+    ("list-of-tensors", [torch.tensor(0.5), torch.tensor(0.25), 0.1, 0.2], [0.5, 0.25, 0.1, 0.2]),
+    ("schedule", nn.WarmUpLR(0.4, 4), [0.0, 0.1, 0.2, 0.3]),
+    ("stair", nn.ExponentialDecayLR(0.4, 0.5, 2, is_stair=True), [0.4, 0.4, 0.2, 0.2]),
+    ("own-schedule", Ramp(0.25), [0.25, 0.5, 0.75, 1.0]),
+]
+
+
+def form_of(name: str) -> tuple[Any, list[float]]:
+    value, wanted = next((value, wanted) for form, value, wanted in FORMS if form == name)
+    return (x / 4 for x in range(1, 5)) if name == "generator" else value, wanted
+
+
+@pytest.mark.parametrize("name", [form[0] for form in FORMS])
+@pytest.mark.parametrize("place", ["optimizer", "group"])
+def test_row07_the_step_at_which_each_value_is_used(name, place):
+    value, wanted = form_of(name)
+    params = make_params()
+    optimizer = nn.Lamb(params, value) if place == "optimizer" else nn.Lamb([{"params": params, "lr": value}], 7.0)
+    assert_follows_reference(optimizer, params, [{}] * 5, [[lr] * 5 for lr in wanted])
+    assert all(float(group["lr"]) == pytest.approx(wanted[-1]) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "names", [pair for pair in itertools.combinations([form[0] for form in FORMS], 2) if "longer-list" not in pair]
+)
+def test_row07_mixed_forms(names):
+    (first, wanted_first), (second, wanted_second) = map(form_of, names)
+    params = make_params()
+    optimizer = nn.Lamb([{"params": params[:2], "lr": first}, {"params": params[2:]}], second)
+    lrs = [[a, a, b, b, b] for a, b in zip(wanted_first, wanted_second, strict=True)]
+    assert_follows_reference(optimizer, params, [{}] * 5, lrs)
+
+
+def test_row07_schedules_count_from_0_and_bias_correction_from_1():
+    params = make_params()
+    schedule = Calls(0.5, 0.25, 0.125)
+    optimizer = nn.Lamb(params, schedule)
+    assert_follows_reference(optimizer, params, [{}] * 5, [[0.5] * 5, [0.25] * 5, [0.125] * 5])
+    assert schedule.steps == sorted(schedule.steps)
+    assert set(schedule.steps) == {0, 1, 2}
+    assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
+    assert optimizer.global_step == 3
+
+
+@pytest.mark.parametrize("take", ["step", "call"])
+def test_row07_a_used_up_vector_raises_before_anything_changes(take):
+    params = make_params()
+    optimizer = nn.Lamb([{"params": params[:2], "lr": [0.2, 0.1]}, {"params": params[2:]}], Ramp(0.1))
+    run(optimizer, params, 2)
+    set_grads(params, 2)
+    before = snapshot(optimizer)
+    for _ in range(2):
+        with pytest.raises(IndexError, match=r"2 values and step 2 \(counted from 0\)"):
+            optimizer.step() if take == "step" else optimizer(make_grads(params, 2))
+        assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [
+        ("0.1", TypeError, "learning_rate must be"),
+        (None, TypeError, "learning_rate must be"),
+        (True, TypeError, "learning_rate"),
+        (object(), TypeError, "learning_rate must be"),
+        ({0.1: 0.2}, TypeError, "learning_rate must be"),
+        (lambda _: 0.1, TypeError, "learning_rate must be"),
+        (1j, TypeError, "learning_rate"),
+        (-0.1, ValueError, "learning_rate.*-0.1"),
+        (-1, ValueError, "learning_rate"),
+        (float("nan"), ValueError, "learning_rate"),
+        (float("inf"), ValueError, "learning_rate"),
+        (torch.tensor(-0.1), ValueError, "learning_rate"),
+        (torch.tensor(True), TypeError, "learning_rate"),
+        (torch.tensor(1j), TypeError, "learning_rate"),
+        (torch.ones(2, 2), ValueError, r"learning_rate.*\(2, 2\)"),
+        (torch.ones(1, 1), ValueError, r"learning_rate.*\(1, 1\)"),
+        (torch.ones(0), ValueError, "learning_rate has no values"),
+        (torch.tensor([0.1, -0.1]), ValueError, r"learning_rate\[1\]"),
+        ([], ValueError, "learning_rate has no values"),
+        ([0.1, "0.1"], TypeError, r"learning_rate\[1\]"),
+        ([0.1, True], TypeError, r"learning_rate\[1\]"),
+        ([0.1, float("nan")], ValueError, r"learning_rate\[1\]"),
+        (np.ones((2, 2)), TypeError, r"learning_rate\[0\]"),
+        (Calls("0.1"), TypeError, "step 0"),
+        (Calls(torch.ones(2)), TypeError, "step 0"),
+        (Calls(-1.0), ValueError, "step 0.*-1.0"),
+        (Calls(float("nan")), ValueError, "step 0"),
+        (nn.LearningRateSchedule(), NotImplementedError, "construct"),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, str) else "",
+)
+def test_row07_wrong_learning_rates(value, kind, words):
+    with pytest.raises(kind, match=words):
+        nn.Lamb(make_params(), value)
+    with pytest.raises(kind, match=words.replace("learning_rate", "group 0 lr")):
+        nn.Lamb([{"params": make_params(), "lr": value}], 0.1)
+
+
+def test_row07_vectors_have_one_length():
+    params = make_params()
+    groups = [{"params": params[:2], "lr": [0.1, 0.2]}, {"params": params[2:], "lr": torch.ones(3)}]
+    with pytest.raises(ValueError, match="group 1 has 3 values, that of another group 2"):
+        nn.Lamb(groups, 0.1)
+    with pytest.raises(ValueError, match="group 1 has 3 values, that of another group 2"):
+        nn.Lamb([groups[0], {"params": params[2:]}], [0.1, 0.2, 0.3])
+    nn.Lamb(groups[:1], [0.1, 0.2, 0.3])  # no group uses the three
+
+
+@pytest.mark.parametrize("value", ["0.1", -1.0, torch.ones(2), None])
+def test_row07_a_schedule_that_fails_later_changes_nothing(value):
+    params = make_params()
+    optimizer = nn.Lamb(params, Calls(0.1, value, 0.1))
+    run(optimizer, params, 1)
+    set_grads(params, 1)
+    before = snapshot(optimizer)
+    with pytest.raises((TypeError, ValueError), match="step 1"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+def test_row07_a_step_that_fails_takes_no_value():
+    params = make_params()
+    optimizer = nn.Lamb(params, [0.3, 0.2, 0.1], foreach=True)
+    run(optimizer, params, 1)
+    set_grads(params, 1)
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["blocks"] = 3
+    with pytest.raises(ValueError, match="blocks"):
+        optimizer.step()
+    optimizer.param_groups[0]["blocks"] = 1
+    assert_unchanged(optimizer, before)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+def test_row07_a_fixed_tensor_can_be_changed_in_place():
+    params, twins = make_params(), make_params()
+    lr = torch.tensor(0.5)
+    optimizer, twin = nn.Lamb(params, lr), nn.Lamb(twins, [0.5, 0.25])
+    run(optimizer, params, 1)
+    lr.fill_(0.25)
+    run(optimizer, params, range(1, 2))
+    run(twin, twins, 2)
+    assert all(torch.equal(x.parameter, y.parameter) for x, y in zip(params, twins, strict=True))
+
+
+def test_row07_a_value_written_by_hand_holds_for_one_step():
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.25))
+    used = []
+    for step in range(4):
+        if step == 2:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+        before = [p.detach().clone() for _, p in params]
+        run(optimizer, params, range(step, step + 1))
+        used.append(optimizer.param_groups[0]["lr"])
+        assert all(torch.equal(p, old) == (step == 2) for (_, p), old in zip(params, before, strict=True))
+    assert used == [0.25, 0.5, 0.0, 1.0]
+
+
+def test_row07_a_fixed_learning_rate_takes_torch_schedulers():
+    params = make_params()
+    optimizer = nn.Lamb(params, 1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    used = []
+    for step in range(3):
+        run(optimizer, params, range(step, step + 1))
+        used.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    assert used == [1.0, 0.5, 0.25]
+
+
+def test_row07_a_dynamic_learning_rate_is_not_captured(monkeypatch):
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.1), capturable=True)
+    set_grads(params, 0)
+    before = snapshot(optimizer)
+    monkeypatch.setattr("torchlamb.lamb.is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"captured.*learning_rate"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    nn.Lamb(params, 0.1, capturable=True).step()
+
+
+# Row 8: ranges
+
+WRONG_NUMBERS: list[tuple[str, Any, type[Exception]]] = [
+    *[(name, value, TypeError) for name in ("beta1", "beta2", "eps") for value in (1, 0, True, "0.9", None, torch.tensor(0.9))],
+    *[(name, value, ValueError) for name in ("beta1", "beta2") for value in (0.0, 1.0, -0.1, 1.1, float("nan"))],
+    *[("eps", value, ValueError) for value in (0.0, -1e-6, float("nan"), float("inf"))],
+    *[("weight_decay", value, TypeError) for value in (True, "0.1", None, torch.tensor(0.1), [0.1])],
+    *[("weight_decay", value, ValueError) for value in (-0.1, -1, float("nan"), float("inf"))],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind"), WRONG_NUMBERS, ids=repr)
+def test_row08_wrong_numbers(name, value, kind):
+    params = make_params()
+    before = [p.detach().clone() for _, p in params]
+    with pytest.raises(kind, match=f"{name} must be a finite (float|number).*got") as error:
+        nn.Lamb(params, 0.1, **{name: value})
+    assert repr(value) in str(error.value)
+    if name == "weight_decay":
+        with pytest.raises(kind, match="group 0 weight_decay"):
+            nn.Lamb([{"params": params, name: value}], 0.1)
+    assert all(torch.equal(p, old) for (_, p), old in zip(params, before, strict=True))
+
+
+def test_row08_limits_that_are_allowed():
+    optimizer = nn.Lamb(make_params(), 0, beta1=1e-9, beta2=1 - 1e-9, eps=1e-30, weight_decay=1)
+    assert optimizer.param_groups[0]["weight_decay"] == 1.0
+    assert isinstance(optimizer.param_groups[0]["lr"], float)
+
+
+# Row 9: gradients in, bools out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("further", [{"foreach": False}, {"foreach": True}, {"max_grad_norm": 0.5}], ids=str)
+def test_row09_calling_equals_step(dtype, further):
+    params, twins = make_params(dtype), make_params(dtype)
+    called, stepped = (
+        nn.Lamb(params, Ramp(0.1), weight_decay=0.1, **further),
+        nn.Lamb(twins, Ramp(0.1), weight_decay=0.1, **further),
+    )
+    for step in range(3):
+        assert called(tuple(make_grads(params, step))) == (True,) * 5
+        run(stepped, twins, range(step, step + 1))
+    assert all(torch.equal(x.parameter, y.parameter) for x, y in zip(params, twins, strict=True))
+    assert called.global_step == stepped.global_step == 3
+    assert all(p.grad is None for _, p in params)
+
+
+def test_row09_grad_is_neither_used_nor_changed():
+    params, twins = make_params(), make_params()
+    set_grads(params, 7)
+    kept = [p.grad for _, p in params]
+    values = [grad.clone() for grad in kept]
+    nn.Lamb(params, 0.1)(iter(make_grads(params, 0)))
+    run(nn.Lamb(twins, 0.1), twins, 1)
+    assert all(torch.equal(x.parameter, y.parameter) for x, y in zip(params, twins, strict=True))
+    assert all(p.grad is grad and torch.equal(grad, value) for (_, p), grad, value in zip(params, kept, values, strict=True))
+
+
+def test_row09_none_is_no_gradient():
+    params, twins = make_params(), make_params()
+    grads = make_grads(params, 0)
+    assert nn.Lamb(params, 0.1)([None, *grads[1:]]) == (True,) * 5
+    set_grads(twins, 0)
+    twins[0].parameter.grad = None
+    nn.Lamb(twins, 0.1).step()
+    assert all(torch.equal(x.parameter, y.parameter) for x, y in zip(params, twins, strict=True))
+
+
+WRONG_GRADIENTS: list[tuple[str, Any, type[Exception], str]] = [
+    ("too few", lambda grads: grads[:-1], ValueError, r"5 tensors.*got 4; the first without one is 'norm\.beta'"),
+    ("too many", lambda grads: [*grads, grads[0]], ValueError, "5 tensors.*got 6"),
+    ("none", lambda _: (), ValueError, "5 tensors.*got 0"),
+    ("one tensor", lambda grads: grads[0], TypeError, "gradients must be a tuple"),
+    ("no iterable", lambda _: 3, TypeError, "gradients must be a tuple"),
+    (
+        "shape",
+        lambda grads: [grads[0], grads[1].t(), *grads[2:]],
+        ValueError,
+        r"gradients\[1\].*'fc\.weight'.*\(5, 4\).*\(4, 5\)",
+    ),
+    ("dtype", lambda grads: [*grads[:4], grads[4].float()], TypeError, r"gradients\[4\].*'norm\.beta'.*float64.*float32"),
+    ("device", lambda grads: [*grads[:4], grads[4].to("meta")], ValueError, r"gradients\[4\].*'norm\.beta'.*cpu.*meta"),
+    ("element", lambda grads: [*grads[:4], 0.0], TypeError, r"gradients\[4\].*'norm\.beta'"),
+    ("sparse", lambda grads: [*grads[:4], grads[4].to_sparse()], RuntimeError, "sparse"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"), [case[1:] for case in WRONG_GRADIENTS], ids=[case[0] for case in WRONG_GRADIENTS]
+)
+def test_row09_wrong_gradients_change_nothing(make, kind, words):
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.1))
+    run(optimizer, params, 2)
+    before = snapshot(optimizer)
+    with pytest.raises(kind, match=words):
+        optimizer(make(make_grads(params, 2)))
+    assert_unchanged(optimizer, before)
+
+
+# Row 11: names
+
+
+def test_row11_trainable_params_of_any_module():
+    model = AllNorms()
+    model.fc.weight.requires_grad_(False)
+    before = dict(model.named_parameters())
+    entries = nn.trainable_params(model)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    assert all(x.parameter is p for x, p in zip(entries, wanted, strict=True))
+    assert [x.name for x in entries] == ["conv.weight", "conv.bias", *NORM_NAMES, "fc.bias"]
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
+
+
+def test_row11_recurse_and_tied_parameters():
+    model = torch.nn.Module()
+    model.own = torch.nn.Parameter(torch.ones(2))
+    model.a, model.b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model.b.weight = model.a.weight
+    assert [x.name for x in nn.trainable_params(model)] == ["own", "a.weight", "a.bias", "b.bias"]
+    assert [x.name for x in nn.trainable_params(model, recurse=False)] == ["own"]
+    assert nn.trainable_params(model, 0.01) == nn.trainable_params(model)  # as the document's example calls it
+    assert [x.name for x in nn.trainable_params(torch.nn.BatchNorm1d(2), recurse=False)] == ["gamma", "beta"]
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got list"):
+        nn.trainable_params([model])
+
+
+class Constructed(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def construct(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.fc(x) * scale
+
+
+class Forwarded(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.fc(x) * scale
+
+
+@pytest.mark.parametrize("cls", [Constructed, Forwarded])
+def test_row11_construct_is_another_name_for_forward(cls):
+    cell, x = cls(), torch.ones(4, 3)
+    wanted = cell.fc(x) * 2
+    assert isinstance(cell, torch.nn.Module)
+    for call in (cell, cell.forward, cell.construct):
+        assert torch.equal(call(x, scale=2.0), wanted)
+    assert list(cell.state_dict()) == ["fc.weight", "fc.bias"]
+    assert cell.trainable_params() == nn.trainable_params(cell)
+    assert cell.trainable_params(False) == []
+
+
+def test_row11_a_cell_with_neither_says_so():
+    for call in (nn.Cell(), nn.Cell().construct):
+        with pytest.raises(NotImplementedError, match="Cell must define construct or forward"):
+            call(1)
+
+
+# Row 15: platforms
+
+
+def test_row15_other_devices_step_with_foreach():
+    optimizer = nn.Lamb(make_params(), 0.1)
+    for device in ("cuda", "xpu", "mps"):
+        assert resolve(optimizer.param_groups[0], torch.device(device))[0] is foreach
+    assert "cpu: single" in repr(optimizer)
+
+
+# An optimizer of torch in every other respect
+
+
+def resume_by_state_dict(
+    optimizer: nn.Lamb, params: list[nn.NamedParameter], make: Any
+) -> tuple[nn.Lamb, list[nn.NamedParameter]]:
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "params": [p.detach() for _, p in params]}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    again = [nn.NamedParameter(x.name, torch.nn.Parameter(p)) for x, p in zip(params, loaded["params"], strict=True)]
+    resumed = make(again)
+    resumed.load_state_dict(loaded["optimizer"])
+    return resumed, again
+
+
+def resume_by_pickle(optimizer: nn.Lamb, params: list[nn.NamedParameter], _: Any) -> tuple[nn.Lamb, list[nn.NamedParameter]]:
+    return pickle.loads(pickle.dumps((optimizer, params)))
+
+
+def resume_by_deepcopy(optimizer: nn.Lamb, params: list[nn.NamedParameter], _: Any) -> tuple[nn.Lamb, list[nn.NamedParameter]]:
+    return copy.deepcopy((optimizer, params))
+
+
+@pytest.mark.parametrize("resume", [resume_by_state_dict, resume_by_pickle, resume_by_deepcopy])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row07_a_resumed_run_takes_the_next_values(resume, dtype):
+    def make(params: list[nn.NamedParameter]) -> nn.Lamb:
+        groups = [
+            {"params": params[:1], "lr": nn.PolynomialDecayLR(0.1, 0.01, 6, 0.5), "grad_centralization": True},
+            {"params": params[1:3], "lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]},
+            {"params": params[3:]},
+            {"order_params": params[::-1]},
+        ]
+        return nn.Lamb(groups, Ramp(0.05), weight_decay=0.01)
+
+    params = make_params(dtype)
+    optimizer = make(params)
+    run(optimizer, params, 3)
+    resumed, again = resume(optimizer, params, make)
+    assert resumed.global_step == 3
+    assert [x.name for x in resumed.parameters] == [x.name for x in optimizer.parameters]
+    for o, ps in ((optimizer, params), (resumed, again)):
+        run(o, ps, range(3, 6))
+    assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in optimizer.param_groups]
+    assert resumed.param_groups[1]["lr"] == 0.6
+    for x, y in zip(params, again, strict=True):
+        assert x.parameter is not y.parameter
+        assert torch.equal(x.parameter, y.parameter)
+    with pytest.raises(IndexError, match="6 values and step 6"):
+        resumed.step()
+
+
+def test_row07_the_position_is_a_top_level_entry():
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.1))
+    run(optimizer, params, 2)
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups", "global_step"}
+    assert state["global_step"] == 2
+    optimizer.step()
+    assert optimizer.state_dict()["global_step"] == 3
+
+
+def test_row07_without_the_entry_the_largest_step_count_is_the_position():
+    params, twins = make_params(), make_params()
+    twin = torchlamb.Lamb([tuple(x) for x in twins[:3]], 0.1)
+    run(twin, twins, 4)
+    optimizer = nn.Lamb(params[:3], Ramp(0.1))
+    optimizer.load_state_dict(twin.state_dict())
+    assert optimizer.global_step == 4
+    run(optimizer, params, 1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+    fresh = nn.Lamb(make_params(), Ramp(0.1))
+    state = fresh.state_dict()
+    del state["global_step"]
+    fresh.load_state_dict(state)
+    assert fresh.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("3", TypeError), (3.0, TypeError), (True, TypeError), (None, TypeError), (-1, ValueError)]
+)
+def test_row07_a_wrong_position_is_refused(value, kind):
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.1))
+    run(optimizer, params, 2)
+    before = snapshot(optimizer)
+    other = nn.Lamb(make_params(), 0.5)
+    with pytest.raises(kind, match="global_step"):
+        optimizer.load_state_dict({**other.state_dict(), "global_step": value})
+    with pytest.raises(ValueError, match="group"):
+        optimizer.load_state_dict(
+            {**nn.Lamb([{"params": params}, {"params": make_params()}], 0.1).state_dict(), "global_step": 9}
+        )
+    assert_unchanged(optimizer, before)
+
+
+def test_row03_groups_can_be_added():
+    params = make_params()
+    optimizer = nn.Lamb([{"params": params[:2]}, {"order_params": params[1::-1]}], [0.3, 0.2, 0.1], weight_decay=0.1)
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": params[2:4], "lr": Ramp(0.5), "grad_centralization": True})
+    optimizer.add_param_group({"params": params[4:]})
+    assert [x.name for x in optimizer.parameters] == [params[i].name for i in (1, 0, 2, 3, 4)]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 1.0, 0.2]
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 1.0, 0.2]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1]
+
+
+def test_row03_a_group_that_is_refused_is_not_added():
+    params = make_params()
+    optimizer = nn.Lamb(params[:3], [0.1, 0.2])
+    run(optimizer, params[:3], 1)
+    before = snapshot(optimizer)
+    extra = params[3:]
+    for group, kind in [
+        ({"params": extra, "betas": (0.9, 0.9)}, KeyError),
+        ({"lr": 0.1}, KeyError),
+        ({"params": params[:1]}, RuntimeError),
+        ({"params": [*extra, extra[0]]}, RuntimeError),
+        ({"params": extra, "lr": [0.1]}, ValueError),
+        ({"params": extra, "lr": "0.1"}, TypeError),
+        ({"params": extra, "weight_decay": -1.0}, ValueError),
+        ({"params": [p for _, p in extra]}, ValueError),  # the others have names
+        ({"params": [("w", extra[0].parameter * 2)]}, ValueError),  # no leaf
+        ({"order_params": params}, ValueError),
+        ("group", TypeError),
+    ]:
+        with pytest.raises(kind):
+            optimizer.add_param_group(group)
+        assert_unchanged(optimizer, before)
+    run(optimizer, params[:3], 1)
+
+
+def test_hooks_run_once():
+    params = make_params()
+    torchlamb.Lamb([torch.nn.Parameter(torch.ones(2))]).step()  # the base class wraps its own step() on construction
+    optimizer = nn.Lamb(params, 0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    run(optimizer, params, 1)
+    assert calls == ["before", "after"]
+
+
+def test_skipped_steps_count_as_calls():
+    params = make_params()
+    optimizer = nn.Lamb(params, [0.1, 0.2, 0.3], skip_nonfinite=True)
+    run(optimizer, params, 1)
+    set_grads(params, 1)
+    params[0].parameter.grad[0] = torch.inf
+    before = [p.detach().clone() for _, p in params]
+    optimizer.step()
+    assert all(torch.equal(p, old) for (_, p), old in zip(params, before, strict=True))
+    assert optimizer.global_step == 2
+    run(optimizer, params, 1)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+def test_a_closure_is_evaluated():
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.1))
+
+    def closure() -> float:
+        set_grads(params, 0)
+        return 1.5
+
+    assert optimizer.step(closure) == 1.5
+    assert optimizer.global_step == 1
+
+
+def test_a_compiled_step_counts():
+    params, twins = make_params(torch.float32), make_params(torch.float32)
+    optimizer, twin = nn.Lamb(params, Ramp(0.01)), nn.Lamb(twins, Ramp(0.01))
+    torch._dynamo.reset()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for step in range(3):
+        set_grads(params, step)
+        compiled()
+    run(twin, twins, 3)
+    assert optimizer.global_step == 3
+    assert optimizer.param_groups[0]["lr"] == twin.param_groups[0]["lr"]
+    for x, y in zip(params, twins, strict=True):
+        assert torch.allclose(x.parameter, y.parameter, rtol=1e-6, atol=1e-7)
+
+
+def test_names_reach_the_trust_ratios():
+    params = make_params()
+    optimizer = nn.Lamb(params, 0.1)
+    run(optimizer, params, 1)
+    assert set(optimizer.trust_ratios()) == set(SHAPES)
