@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import torchlamb
+from torchlamb import mindspore
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "torchlamb").rglob("*.py"))
@@ -87,11 +88,12 @@ print(json.dumps([sorted(new), torch.cuda.is_initialized()]))
     assert not cuda
 
 
-def test_public_names():
-    assert torchlamb.__all__ == sorted(torchlamb.__all__)
-    assert all(hasattr(torchlamb, name) for name in torchlamb.__all__)
-    public = {name for name in vars(torchlamb) if not name.startswith("_") and not inspect.ismodule(getattr(torchlamb, name))}
-    assert public <= set(torchlamb.__all__)
+@pytest.mark.parametrize("module", [torchlamb, mindspore, mindspore.nn], ids=lambda module: module.__name__)
+def test_public_names(module):
+    assert module.__all__ == sorted(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+    public = {name for name in vars(module) if not name.startswith("_") and not inspect.ismodule(getattr(module, name))}
+    assert public <= set(module.__all__)
 
 
 def test_one_version_number():
@@ -100,7 +102,18 @@ def test_one_version_number():
     assert newest[1] == torchlamb.__version__
 
 
-PUBLIC = [torchlamb.Lamb, torchlamb.param_groups, torchlamb.testing.assert_relative_step]
+PUBLIC = [
+    torchlamb.Lamb,
+    torchlamb.param_groups,
+    torchlamb.testing.assert_relative_step,
+    mindspore.Model,
+    mindspore.FixedLossScaleManager,
+    mindspore.DynamicLossScaleManager,
+    mindspore.nn.Lamb,
+    mindspore.nn.SoftmaxCrossEntropyWithLogits,
+    mindspore.nn.trainable_params,
+    *[getattr(mindspore.nn, name) for name in mindspore.nn.learning_rate_schedule.__all__ if name != "LearningRateSchedule"],
+]
 
 
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__qualname__)

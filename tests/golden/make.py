@@ -1,6 +1,7 @@
-"""Makes the golden numbers of other implementations: `python tests/golden/make.py`, with optax and timm installed.
+"""Makes the golden numbers of other implementations: `python tests/golden/make.py optax timm mindspore`, with those installed.
 
-The files are frozen: the tests need neither package. Everything is computed in float64. `import timm` needs a torchvision that
+MindSpore 2.10 wants numpy 1 and an environment of its own. The files are frozen: the tests need no such package. All but the
+schedules of MindSpore, which it has in float32 only, are computed in float64. `import timm` needs a torchvision that
 fits the torch at hand; its optimizer alone does not, so the two package modules above it are registered empty.
 """
 
@@ -37,6 +38,19 @@ TIMM = {
     "no grad_averaging": ({**ADAPT, "grad_averaging": False}, {"weight_decay": 0.01, "grad_averaging": False}),
     "no bias_correction": ({**ADAPT, "bias_correction": False}, {"weight_decay": 0.01, "bias_correction": False}),
 }
+DECAY = {"learning_rate": 0.1, "decay_rate": 0.9, "decay_steps": 4}
+POLYNOMIAL = {"learning_rate": 0.1, "end_learning_rate": 0.01, "decay_steps": 4}
+SCHEDULES = [
+    ("PolynomialDecayLR", {**POLYNOMIAL, "power": 0.5, "update_decay_steps": False}),
+    ("PolynomialDecayLR", {**POLYNOMIAL, "power": 2.0, "update_decay_steps": True}),
+    *[
+        (name, {**DECAY, "is_stair": is_stair})
+        for name in ("ExponentialDecayLR", "NaturalExpDecayLR", "InverseDecayLR")
+        for is_stair in (False, True)
+    ],
+    ("CosineDecayLR", {"min_lr": 0.01, "max_lr": 0.1, "decay_steps": 4}),
+    ("WarmUpLR", {"learning_rate": 0.1, "warmup_steps": 4}),
+]
 
 
 def inputs():
@@ -79,20 +93,43 @@ def run_timm(options):
     return [p.detach().numpy() for p in params]
 
 
-def main():
+def make_results(package, cases, run):
     params, grads = inputs()
-    for package, cases, run in (("optax", OPTAX, run_optax), ("timm", TIMM, run_timm)):
-        golden = {
-            "made_with": f"{package} {importlib.metadata.version(package)}",
-            "lr": 0.1,
-            "params": [p.tolist() for p in params],
-            "grads": [[g.tolist() for g in step] for step in grads],
-            "cases": [
-                {"name": name, "options": ours, "result": [np.asarray(p).tolist() for p in run(theirs)]}
-                for name, (theirs, ours) in cases.items()
-            ],
-        }
-        (HERE / f"{package}.json").write_text(json.dumps(golden, indent=1) + "\n")
+    golden = {
+        "made_with": f"{package} {importlib.metadata.version(package)}",
+        "lr": 0.1,
+        "params": [p.tolist() for p in params],
+        "grads": [[g.tolist() for g in step] for step in grads],
+        "cases": [
+            {"name": name, "options": ours, "result": [np.asarray(p).tolist() for p in run(theirs)]}
+            for name, (theirs, ours) in cases.items()
+        ],
+    }
+    (HERE / f"{package}.json").write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def make_schedules():
+    import mindspore
+
+    cases = []
+    for name, arguments in SCHEDULES:
+        schedule = getattr(mindspore.nn, name)(**arguments)
+        values = [float(schedule(mindspore.Tensor(step, mindspore.int32)).asnumpy()) for step in range(13)]
+        cases.append({"schedule": name, "arguments": arguments, "values": values})
+    golden = {"made_with": f"mindspore {mindspore.__version__}", "cases": cases}
+    (HERE / "mindspore" / "schedules.json").write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def main():
+    makers = {
+        "optax": lambda: make_results("optax", OPTAX, run_optax),
+        "timm": lambda: make_results("timm", TIMM, run_timm),
+        "mindspore": make_schedules,
+    }
+    if not sys.argv[1:] or set(sys.argv[1:]) - set(makers):
+        sys.exit(f"make.py takes names of packages: {' '.join(makers)}")
+    for package in sys.argv[1:]:
+        makers[package]()
 
 
 if __name__ == "__main__":

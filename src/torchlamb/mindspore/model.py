@@ -40,9 +40,10 @@ class Model:
     Example:
         >>> import torch
         >>> from torchlamb.mindspore import Model, nn
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Linear(4, 2)
         >>> loss = nn.SoftmaxCrossEntropyWithLogits(sparse=True)
-        >>> optimizer = nn.Lamb(nn.trainable_params(net), learning_rate=0.01)
+        >>> optimizer = nn.Lamb(nn.trainable_params(net), learning_rate=0.1)
         >>> model = Model(net, loss_fn=loss, optimizer=optimizer, metrics={"accuracy"})
         >>> dataset = [(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64))] * 20
         >>> model.train(1, dataset)
