@@ -190,7 +190,7 @@ def test_row02_forms_of_parameters(form):
         ([{"params": [torch.ones(2)]}, torch.ones(2)], TypeError, r"params\[1\]"),
         ([torch.ones(2), 3], TypeError, r"params\[1\] must be a parameter.* or a dict, got 3"),
         ([("w", 3)], TypeError, r"params\[0\]"),
-        ([("w", torch.ones(2)), torch.ones(2)], ValueError, r"params\[1\].*name all or none"),
+        ([("w", torch.ones(2)), torch.ones(2)], TypeError, r"params\[1\].*name all or none"),
         ([{"params": None}], ValueError, "group 0 params"),
         ([{"params": []}], ValueError, "group 0 params.*empty"),
         ([{"params": torch.ones(2)}], TypeError, "group 0 params"),
@@ -206,6 +206,12 @@ def test_row02_wrong_parameters(params, kind, words):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_row02_duplicates_are_named(grouped):
     params = make_params()
+    if not grouped:
+        renamed = [("w", params[0].parameter), ("x.gamma", params[1].parameter), ("v", params[1].parameter)]
+        with pytest.raises(RuntimeError, match=r"'v' is given twice, first as 'x\.gamma'"):
+            nn.Lamb(renamed, 0.1)
+        with pytest.raises(RuntimeError, match=r"'params\[2\]' is given twice, first as 'params\[1\]'"):
+            nn.Lamb([params[0].parameter, params[1].parameter, params[1].parameter], 0.1)
     given: Any = [{"params": params}, {"params": params[1:2]}] if grouped else [*params, params[1]]
     with pytest.raises(RuntimeError, match=r"'fc\.weight' is given twice"):
         nn.Lamb(given, 0.1)
@@ -258,6 +264,7 @@ def test_row03_wrong_order_params():
         ({"order_params": params, "lr": 0.1}, ValueError, "'order_params' beside other keys"),
         ({"order_params": params, "params": params}, ValueError, "'order_params' beside other keys"),
         ({"order_params": 3}, TypeError, "order_params"),
+        ({"order_params": None}, TypeError, "order_params"),
         ({"order_params": [3]}, TypeError, r"order_params\[0\]"),
         ({"order_params": []}, ValueError, "order_params.*empty"),
         ({"order_params": params[:-1]}, ValueError, r"order_params lacks 'norm\.beta'"),
@@ -455,6 +462,7 @@ def test_row07_a_used_up_vector_raises_before_anything_changes(take):
         ([0.1, True], TypeError, r"learning_rate\[1\]"),
         ([0.1, float("nan")], ValueError, r"learning_rate\[1\]"),
         (np.ones((2, 2)), TypeError, r"learning_rate\[0\]"),
+        (np.array(0.1), TypeError, "learning_rate must be"),
         (Calls("0.1"), TypeError, "step 0"),
         (Calls(torch.ones(2)), TypeError, "step 0"),
         (Calls(-1.0), ValueError, "step 0.*-1.0"),
@@ -533,6 +541,38 @@ def test_row07_a_value_written_by_hand_holds_for_one_step():
     assert used == [0.25, 0.5, 0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"), [("0.1", TypeError), (float("nan"), ValueError), (-0.1, ValueError), (True, TypeError)]
+)
+@pytest.mark.parametrize("rate", [0.5, Ramp(0.25)], ids=["fixed", "dynamic"])
+def test_row07_a_wrong_value_written_by_hand_is_refused(rate, value, kind):
+    params = make_params()
+    optimizer = nn.Lamb(params, rate)
+    run(optimizer, params, 1)
+    set_grads(params, 1)
+    optimizer.param_groups[0]["lr"] = value
+    before = snapshot(optimizer)
+    for _ in range(2):
+        with pytest.raises(kind, match=r"param_groups\[0\]\['lr'\]"):
+            optimizer.step()
+    if value == value:  # a NaN in a snapshot equals nothing
+        assert_unchanged(optimizer, before)
+    assert optimizer.global_step == 1
+
+
+class Unspeakable(nn.LearningRateSchedule):
+    def construct(self, global_step: int) -> float:
+        return 0.1 * (global_step + 1)
+
+    def __repr__(self) -> str:
+        raise AssertionError("a step has no need of it: it may be long, or read from a device")
+
+
+def test_row07_no_step_needs_the_text_of_a_schedule():
+    params = make_params()
+    run(nn.Lamb(params, Unspeakable()), params, 2)
+
+
 def test_row07_a_fixed_learning_rate_takes_torch_schedulers():
     params = make_params()
     optimizer = nn.Lamb(params, 1.0)
@@ -564,7 +604,7 @@ WRONG_NUMBERS: list[tuple[str, Any, type[Exception]]] = [
     *[(name, value, ValueError) for name in ("beta1", "beta2") for value in (0.0, 1.0, -0.1, 1.1, float("nan"))],
     *[("eps", value, ValueError) for value in (0.0, -1e-6, float("nan"), float("inf"))],
     *[("weight_decay", value, TypeError) for value in (True, "0.1", None, torch.tensor(0.1), [0.1])],
-    *[("weight_decay", value, ValueError) for value in (-0.1, -1, float("nan"), float("inf"))],
+    *[("weight_decay", value, ValueError) for value in (-0.1, -1, 10**400, float("nan"), float("inf"))],
 ]
 
 
@@ -716,6 +756,31 @@ def test_row11_construct_is_another_name_for_forward(cls):
     assert cell.trainable_params(False) == []
 
 
+def test_row11_a_cell_may_inherit_from_another():
+    class First(nn.Cell):
+        def construct(self, x: int) -> int:
+            return x + 1
+
+    class Second(First):
+        def forward(self, x: int) -> int:
+            return 10 * super().construct(x)
+
+    class Third(Second):
+        def construct(self, x: int) -> int:
+            return 100 * super().forward(x)
+
+    class Both(First):
+        def construct(self, x: int) -> int:
+            return -self.forward(x)
+
+        def forward(self, x: int) -> int:
+            return x
+
+    for cls, wanted in ((First, 2), (Second, 20), (Third, 2000)):
+        assert (cls()(1), cls().forward(1), cls().construct(1)) == (wanted,) * 3
+    assert (Both()(1), Both().construct(1)) == (1, -1)
+
+
 def test_row11_a_cell_with_neither_says_so():
     for call in (nn.Cell(), nn.Cell().construct):
         with pytest.raises(NotImplementedError, match="Cell must define construct or forward"):
@@ -858,7 +923,7 @@ def test_row03_a_group_that_is_refused_is_not_added():
         ({"params": extra, "lr": [0.1]}, ValueError),
         ({"params": extra, "lr": "0.1"}, TypeError),
         ({"params": extra, "weight_decay": -1.0}, ValueError),
-        ({"params": [p for _, p in extra]}, ValueError),  # the others have names
+        ({"params": [p for _, p in extra]}, TypeError),  # the others have names
         ({"params": [("w", extra[0].parameter * 2)]}, ValueError),  # no leaf
         ({"order_params": params}, ValueError),
         ("group", TypeError),
@@ -867,6 +932,20 @@ def test_row03_a_group_that_is_refused_is_not_added():
             optimizer.add_param_group(group)
         assert_unchanged(optimizer, before)
     run(optimizer, params[:3], 1)
+
+
+def test_hooks_see_and_may_change_the_position():
+    params = make_params()
+    optimizer = nn.Lamb(params, Ramp(0.1))
+    run(optimizer, params, 2)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(state["global_step"]))
+    state = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "global_step": 7})
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.global_step))
+    optimizer.load_state_dict(state)
+    assert seen == [2, 7]
+    assert optimizer.global_step == 7
 
 
 def test_hooks_run_once():

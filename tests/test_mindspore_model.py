@@ -162,6 +162,38 @@ def test_row10_a_scale_can_be_resumed():
     assert copy.deepcopy(manager).get_loss_scale() == 8.0
 
 
+@pytest.mark.parametrize("make", [FixedLossScaleManager, lambda: FixedLossScaleManager(8.0, False), DynamicLossScaleManager])
+def test_row10_after_an_error_the_scale_serves_again(make):
+    model = make_model(learning_rate=[0.1, 0.1], loss_scale_manager=make())
+    scale = model.loss_scale_manager.get_loss_scale()
+    for _ in range(2):
+        with pytest.raises(IndexError, match="2 values"):
+            model.train(1, make_data(3))
+    assert model.loss_scale_manager.get_loss_scale() == scale
+    model.optimizer.add_param_group({"params": [("extra", torch.nn.Parameter(torch.ones(2)))], "lr": 0.1})
+    model.optimizer.load_state_dict({**model.optimizer.state_dict(), "global_step": 0})
+    model.train(1, make_data(1))
+
+
+def test_row10_a_fixed_scale_that_is_loaded_stays():
+    manager = FixedLossScaleManager(128.0)
+    manager.load_state_dict(FixedLossScaleManager(1024.0).state_dict())
+    make_model(loss_scale_manager=manager).train(1, make_data(2))
+    assert manager.get_loss_scale() == 1024.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    "manager", [None, FixedLossScaleManager, lambda: FixedLossScaleManager(8.0, False), DynamicLossScaleManager]
+)
+def test_row15_trains_on_a_gpu(manager):
+    model = make_model(loss_scale_manager=manager and manager(), metrics=["accuracy", "loss", share_of_zeros])
+    model.network.cuda()
+    model.train(5, make_data())
+    assert model.eval(make_data())["loss"] < 1.1
+    assert model.predict(make_data(1)[0][0]).is_cuda
+
+
 def test_row10_defaults():
     assert FixedLossScaleManager().get_loss_scale() == 128.0
     assert FixedLossScaleManager().get_drop_overflow_update() is True
@@ -183,6 +215,7 @@ def test_row10_defaults():
         (lambda: DynamicLossScaleManager(scale_factor="2"), TypeError, "scale_factor"),
         (lambda: DynamicLossScaleManager(scale_window=0), ValueError, "scale_window"),
         (lambda: DynamicLossScaleManager(scale_window=2.0), TypeError, "scale_window"),
+        (lambda: FixedLossScaleManager(10**400), ValueError, "loss_scale"),
     ],
 )
 def test_row10_wrong_arguments(make, kind, words):
@@ -212,6 +245,24 @@ def test_row13_reductions(sparse):
         torch.testing.assert_close(nn.SoftmaxCrossEntropyWithLogits(sparse)(LOGITS, given), BY_HAND)
         torch.testing.assert_close(nn.SoftmaxCrossEntropyWithLogits(sparse, "mean")(LOGITS, given), BY_HAND.mean())
         torch.testing.assert_close(nn.SoftmaxCrossEntropyWithLogits(sparse, reduction="sum")(LOGITS, given), BY_HAND.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_row13_losses_of_half_precision_logits_are_float32(dtype):
+    logits = (LOGITS.repeat(2000, 1) * 20).to(dtype)
+    labels = torch.tensor([0, 1]).repeat(2000)
+    wanted = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    assert wanted > torch.finfo(torch.float16).max
+    for sparse, given in ((True, labels), (False, torch.nn.functional.one_hot(labels, CLASSES).to(dtype))):
+        loss = nn.SoftmaxCrossEntropyWithLogits(sparse, "sum")(logits, given)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_row13_no_label_is_passed_over():
+    for label in (-100, -1, 3):
+        with pytest.raises(IndexError, match=f"{label} is out of bounds"):
+            nn.SoftmaxCrossEntropyWithLogits(sparse=True)(LOGITS, torch.tensor([0, label]))
 
 
 def test_row13_labels_may_be_shares():
@@ -261,6 +312,11 @@ def as_generator() -> Any:
     yield from make_data()
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return as_generator()
+
+
 DATASETS = {
     "list": make_data,
     "loader": lambda: torch.utils.data.DataLoader(make_data(), batch_size=None),
@@ -268,6 +324,7 @@ DATASETS = {
         torch.utils.data.TensorDataset(*map(torch.cat, zip(*make_data(), strict=True))), batch_size=16
     ),
     "generator-function": lambda: as_generator,
+    "loader-without-length": lambda: torch.utils.data.DataLoader(Stream(), batch_size=None),
     "lists": lambda: [list(batch) for batch in make_data()],
 }
 
@@ -365,7 +422,7 @@ def test_row14_callbacks_are_called_in_order():
     epochs = [
         [
             ("epoch_begin", e, s),
-            *[("step_begin", e, s), ("step_end", e, s + 1), ("step_begin", e, s + 1), ("step_end", e, s + 2)],
+            *[("step_begin", e, s + 1), ("step_end", e, s + 1), ("step_begin", e, s + 2), ("step_end", e, s + 2)],
             ("epoch_end", e, s + 2),
         ]
         for e, s in ((1, 0), (2, 2))
@@ -394,7 +451,7 @@ def test_row14_callbacks_see_the_training():
 
 @pytest.mark.parametrize(
     ("stop_at", "steps", "epochs"),
-    [(("step_end", 3), 3, 1), (("step_end", 9), 9, 2), (("epoch_end", 6), 6, 1), (("step_begin", 2), 3, 1)],
+    [(("step_end", 3), 3, 1), (("step_end", 9), 9, 2), (("epoch_end", 6), 6, 1), (("step_begin", 2), 2, 1)],
 )
 def test_row14_callbacks_can_stop(stop_at, steps, epochs):
     recorder, model = Recorder(stop_at), make_model()
@@ -515,7 +572,8 @@ def test_row14_wrong_calls_change_nothing(call, kind, words):
         ({"metrics": 3}, TypeError, "metrics must be"),
         ({"metrics": [3]}, TypeError, "metrics"),
         ({"metrics": {"acc": None}}, TypeError, r"metrics\['acc'\]"),
-        ({"metrics": {"f1"}}, ValueError, r"metrics\['f1'\] must be 'accuracy', 'loss' or a callable"),
+        ({"metrics": {"f1"}}, ValueError, r"metrics\['f1'\] must be 'accuracy' \(or 'acc'\), 'loss' or a callable"),
+        ({"metrics": [lambda *_: 1, lambda *_: 2]}, ValueError, "two of one name"),
     ],
 )
 def test_row14_wrong_models(keywords, kind, words):
@@ -586,6 +644,21 @@ def test_row14_forms_of_metrics(reduction):
         assert values.get("accuracy", wanted["accuracy"]) == wanted["accuracy"]
         assert values.get("cost", values.get("loss", wanted["loss"])) == pytest.approx(wanted["loss"], rel=1e-6)
         assert values.get("count", 96) == 96
+
+
+def test_row14_accuracy_of_one_hot_rows_of_any_dtype():
+    net = torch.nn.Identity()
+    outputs, labels = torch.eye(3), torch.eye(3)[[0, 2, 2]]
+    for dtype in (torch.bool, torch.int64, torch.float32, torch.bfloat16):
+        assert Model(net, metrics="acc").eval([(outputs, labels.to(dtype))]) == {"acc": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels"), [((4, 3), (4, 1)), ((4, 1), (4, 1)), ((4, 3), (1,)), ((4, 3), (4, 2)), ((4,), (4,))]
+)
+def test_row14_accuracy_refuses_what_it_would_get_wrong(outputs, labels):
+    with pytest.raises(ValueError, match="accuracy takes outputs"):
+        Model(torch.nn.Identity(), metrics="accuracy").eval([(torch.ones(outputs), torch.ones(labels, dtype=torch.int64))])
 
 
 def test_row14_predict():

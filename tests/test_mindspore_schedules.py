@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -191,6 +192,10 @@ class TwoPhases(nn.LearningRateSchedule):
         if global_step < self.warmup_steps:
             return self.warmup(global_step)
         return self.decay(global_step - self.warmup_steps)
+
+
+def test_row12_counts_of_other_integer_types():
+    assert nn.WarmUpLR(0.1, np.int64(4))(2) == 0.05
 
 
 def test_row12_users_schedules():

@@ -486,23 +486,20 @@ def test_flat_parameters_of_fsdp_are_refused():
             torchlamb.Lamb(params)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_dtensors_are_refused():
-    """At construction, and where one was swapped in later."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = fully_shard(nn.Linear(3, 2))
-        with pytest.raises(NotImplementedError, match="'weight' is a DTensor"):
-            torchlamb.Lamb(model.named_parameters())
-        plain = nn.Linear(3, 2)
-        optimizer = torchlamb.Lamb(plain.parameters())
-        optimizer.param_groups[0]["params"] = list(model.parameters())
-        model(torch.ones(1, 3)).sum().backward()
-        with pytest.raises(NotImplementedError, match="parameter 0 of group 0 is a DTensor"):
+@pytest.mark.parametrize("held", [2, 1])
+def test_flat_partitions_are_refused(held):
+    """As ZeRO makes them: the parameters of a group are replaced by one flat tensor, after the construction."""
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(held)]
+    optimizer = torchlamb.Lamb(params)
+    flat = nn.Parameter(torch.ones(6 * held // 2))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=f"group 0 held {held} parameters.*one flat tensor.*fully_shard"):
             optimizer.step()
-        assert not optimizer.state
-    finally:
-        dist.destroy_process_group()
+        optimizer.load_state_dict(optimizer.state_dict())  # which does not make it forget
+    assert torch.equal(flat, torch.ones_like(flat))
+    assert not optimizer.state
+    vector = nn.Parameter(torch.ones(3))
+    vector.grad = torch.ones(3)
+    torchlamb.Lamb([vector]).step()  # a group that began so cannot be told apart

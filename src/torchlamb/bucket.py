@@ -9,12 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlamb import rule
 from torchlamb.rule import Scalars
+from torchlamb.sharding import Cuts, Groups, Plan, local
 
 # Elements in a piece, for each thread that shares it: half a MiB of float32. Measured: docs/log.md.
 PIECE_PER_THREAD = 2**17
@@ -32,6 +34,7 @@ class Bucket:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already counting this step when a backend sees them
     is_complex: bool = False  # the tensors' last dim holds real and imaginary parts
+    process_groups: Groups = ()  # over which the sums of squares of all rows are added; none where nothing is sharded
     on_device: bool = False  # step counts stay tensors: nothing may be read back by the host
     grad_factor: float | Tensor = 1.0  # sign, clip coefficient and loss scale in one; 0-dim where a tensor
     skip: Tensor | None = None  # 0-dim bool: keep every old value
@@ -109,25 +112,43 @@ class Bucket:
 
 def sort_into_buckets(
     scalars: Scalars,
-    tensors: Sequence[Sequence[Tensor]],  # per parameter: param, grad, exp_avg, exp_avg_sq, step
+    tensors: Sequence[Sequence[Tensor]],  # per parameter: param, grad, exp_avg, exp_avg_sq, step; local shards
     indices: Sequence[int],
     blocks: int,
+    plan: Plan | None,  # how the parameters are sharded; None where nothing is
 ) -> list[Bucket]:
-    """Return the parameters of one group in buckets of one device and one set of dtypes."""
+    """Return the parameters of one group in buckets of one device, one set of dtypes and of process groups."""
     buckets: dict[tuple[object, ...], Bucket] = {}
     for index, (param, grad, exp_avg, exp_avg_sq, step) in zip(indices, tensors, strict=True):
-        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, step.device)
+        groups, cuts = (plan.groups_of(index), plan.cuts_of(index)) if plan is not None else ((), None)
+        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, step.device, groups)
         bucket = buckets.get(key)
         if bucket is None:
             sign = -1.0 if scalars.maximize else 1.0
-            bucket = buckets[key] = Bucket(scalars.on(param.device), is_complex=param.is_complex(), grad_factor=sign)
-        bucket.params += _blocks(param, blocks)
-        bucket.grads += _blocks(grad, blocks)
-        bucket.exp_avgs += _blocks(exp_avg, blocks)
-        bucket.exp_avg_sqs += _blocks(exp_avg_sq, blocks)
+            bucket = Bucket(scalars.on(param.device), is_complex=param.is_complex(), process_groups=groups, grad_factor=sign)
+            buckets[key] = bucket
+        bucket.params += cut(param, blocks, cuts)
+        bucket.grads += cut(grad, blocks, cuts)
+        bucket.exp_avgs += cut(exp_avg, blocks, cuts)
+        bucket.exp_avg_sqs += cut(exp_avg_sq, blocks, cuts)
         bucket.steps += [step] * blocks
         bucket.indices += [index] * blocks
     return list(buckets.values())
+
+
+def squares_without_grad(plan: Plan, groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
+    """Return, by position, the sums of squares (blocks,) over the local shards of sharded parameters that have no gradient.
+
+    Frozen parameters are left out: no process has a gradient of them.
+    """
+    sums: dict[int, Tensor] = {}
+    params = [(p, group["blocks"]) for group in groups for p in group["params"]]
+    for index, (p, blocks) in enumerate(params):
+        if p.grad is None and p.requires_grad and plan.groups_of(index):
+            dtype = torch.promote_types(p.dtype, torch.float32).to_real()
+            shards = cut(local(p.detach()), blocks, plan.cuts_of(index))
+            sums[index] = torch.stack([rule.sum_of_squares([cast(x, dtype) for (x,) in pieces(shard)]) for shard in shards])
+    return sums
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,10 +179,13 @@ def pieces(*tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     return list(zip(*(torch.split(t.view(-1), piece_size()) for t in in_order), strict=True))
 
 
-def _blocks(tensor: Tensor, blocks: int) -> list[Tensor]:
+def cut(tensor: Tensor, blocks: int, cuts: Cuts | None) -> list[Tensor]:
+    """Return the blocks of a local tensor, complex numbers as real pairs. Without `cuts` they are equal parts."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if blocks == 1:
         return [real]
+    if cuts is None:
+        size = real.shape[0] // blocks
+        cuts = [(i * size, size) for i in range(blocks)]
     # `narrow` and not `chunk`: autograd forbids writing to one of several views of a single call.
-    size = real.shape[0] // blocks
-    return [real.narrow(0, i * size, size) for i in range(blocks)]
+    return [real.narrow(0, start, length) for start, length in cuts]

@@ -6,6 +6,7 @@ for free (or has to, for autograd). This room must not know how a backend comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from torchlamb import rule
 from torchlamb.backends import Work
+from torchlamb.sharding import Groups, Plan
 
 
 def is_guarded(group: dict[str, Any]) -> bool:
@@ -20,22 +22,33 @@ def is_guarded(group: dict[str, Any]) -> bool:
     return group["max_grad_norm"] is not None or group["skip_nonfinite"]
 
 
-def guard(work: Work, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+def guard(
+    work: Work,
+    plan: Plan | None,
+    groups: Sequence[dict[str, Any]],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> bool:
     """Set each bucket's gradient factor and skip flag.
 
     Args:
         work: the buckets of all groups, with their backends
-        group: any group; the options read here are the same in all of them
+        plan: how parameters are sharded; None where nothing is
+        groups: the parameter groups; max_grad_norm, skip_nonfinite and differentiable are the same in all of them
         grad_scale: (1,) or 0-dim, what the loss was multiplied by; set by torch.amp.GradScaler around step()
         found_inf: (1,) or 0-dim, not 0 where the scaler found a gradient that is not finite
 
     Returns:
         True where the host knows that nothing is to be stepped.
     """
+    group = groups[0]
     factor: Tensor | None = None if grad_scale is None else 1.0 / grad_scale.reshape(())
+    guarded = is_guarded(group) and (bool(work) or plan is not None)
+    sq_norm = None
+    if guarded or (plan is not None and found_inf is not None):
+        sq_norm, found_inf = _over_all_processes(work, plan, guarded, found_inf)
     skip: Tensor | None = None if found_inf is None else found_inf.reshape(()) != 0
-    if work and is_guarded(group):
-        sq_norm = _total_grad_sq_norm(work)
+    if guarded and sq_norm is not None:
         if factor is not None:
             sq_norm = sq_norm * factor.to(sq_norm.device) ** 2
         nonfinite = ~torch.isfinite(sq_norm.float())
@@ -43,7 +56,7 @@ def guard(work: Work, group: dict[str, Any], grad_scale: Tensor | None, found_in
         if group["max_grad_norm"] is not None:
             coefficient = rule.clip_coefficient(sq_norm, group["max_grad_norm"])
             factor = coefficient if factor is None else coefficient * factor.to(coefficient.device)
-    host_reads = skip is not None and _host_may_read(skip, work, group)
+    host_reads = skip is not None and _host_may_read(skip, work, plan, groups)
     for _, bucket in work:
         if factor is not None:
             bucket.grad_factor = factor.to(bucket.device, bucket.dtype) * bucket.grad_factor
@@ -57,17 +70,29 @@ def guard(work: Work, group: dict[str, Any], grad_scale: Tensor | None, found_in
     return skipped
 
 
-def _host_may_read(skip: Tensor, work: Work, group: dict[str, Any]) -> bool:
-    if group["differentiable"]:
+def _host_may_read(skip: Tensor, work: Work, plan: Plan | None, groups: Sequence[dict[str, Any]]) -> bool:
+    if groups[0]["differentiable"]:
         return True  # through a step that is selected away, autograd would pass 0 x NaN on
+    if (
+        plan is not None
+    ):  # every process must decide alike, whatever gradients it has: a step that is left early has no collective
+        return skip.is_cpu and not any(group["capturable"] for group in groups)
     return skip.is_cpu and not torch.compiler.is_compiling() and not any(bucket.on_device for _, bucket in work)
 
 
-def _total_grad_sq_norm(work: Work) -> Tensor:
-    total: Tensor | None = None
-    for backend, bucket in work:
+def _over_all_processes(
+    work: Work, plan: Plan | None, guarded: bool, found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the squared norm over all gradients, if `guarded`, and the scaler's flag, both the same on every process."""
+    sums: list[tuple[Groups, Tensor]] = []
+    for backend, bucket in work if guarded else []:
         rows = torch.zeros(len(bucket), dtype=bucket.dtype, device=bucket.device)
         backend.grad_sq_norms(bucket, rows)
-        total = rows.sum() if total is None else total + rows.sum().to(total.device)
-    assert total is not None
-    return total
+        sums.append((bucket.process_groups, rows.sum()))
+    if plan is not None:
+        total, flag = plan.added(sums, torch.zeros(()) if found_inf is None else found_inf.reshape(()))
+        return total, None if found_inf is None else flag
+    total = sums[0][1]
+    for _, other in sums[1:]:
+        total = total + other.to(total.device)
+    return total, found_inf

@@ -16,10 +16,11 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 
 from torchlamb import rule
 from torchlamb.backends import Work, resolve
-from torchlamb.bucket import sort_into_buckets
+from torchlamb.bucket import sort_into_buckets, squares_without_grad
 from torchlamb.guard import guard, is_guarded
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
+from torchlamb.sharding import Plan, check_guard_is_global, is_dtensor, make_local_, why_flat
 
 
 class _LastStep:
@@ -147,7 +148,11 @@ class Lamb(Optimizer):
             "differentiable": differentiable,
         }
         self._last = _LastStep()
+        self._plan: Plan | None = None
+        self._began: list[tuple[int, int]] = []  # of each group: parameters, and dims of the first, when it was added
         super().__init__(params, check(defaults))
+        if is_guarded(defaults):
+            check_guard_is_global()
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -168,20 +173,29 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._resolve()
-        skipped = guard(work, self.param_groups[0], getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        work, plan = self._resolve()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        skipped = guard(work, plan, self.param_groups, scale, found_inf)
         sq_norms = [bucket.new_sq_norms() for _, bucket in work]
         self._last.buckets = [(b.indices, b.scalars, rows, b.skip) for (_, b), rows in zip(work, sq_norms, strict=True)]
         if skipped:
             return loss
+        in_two_phases = []
         for (backend, bucket), rows in zip(work, sq_norms, strict=True):
             bucket.begin_step_()
             whole_step = getattr(backend, "step", None)
-            if whole_step is not None:
+            if whole_step is not None and not bucket.process_groups:
                 whole_step(bucket, rows)
             else:
                 backend.accumulate(bucket, rows)
-                backend.apply(bucket, rows)
+                in_two_phases.append((backend, bucket, rows))
+        if plan is not None:
+            plan.add_sq_norms_(
+                [(b.indices, rows) for _, b, rows in in_two_phases if b.process_groups],
+                squares_without_grad(plan, self.param_groups),
+            )
+        for backend, bucket, rows in in_two_phases:
+            backend.apply(bucket, rows)
         return loss
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
@@ -229,6 +243,7 @@ class Lamb(Optimizer):
             check_params({**options, "params": params}, len(self.param_groups))
             param_group.update(options, params=params)
         super().add_param_group(param_group)
+        self._began.append(_count_and_dims(self.param_groups[-1]["params"]))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict()` returned, keeping the precision of the moments.
@@ -264,6 +279,8 @@ class Lamb(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last = _LastStep()
+        self._plan = None
+        self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -282,21 +299,34 @@ class Lamb(Optimizer):
         # was asked for: Lightning refuses to clip gradients for optimizers that unscale by themselves.
         return all(group["fused"] for group in self.param_groups)
 
-    def _resolve(self) -> Work:
+    def _resolve(self) -> tuple[Work, Plan | None]:
         """Sort the parameters that have gradients into buckets, creating their state where it is missing."""
-        work: Work = []
+        filled = []
         start = 0
         for group in self.param_groups:
             columns: list[list[Tensor]] = [[], [], [], [], []]
             params, grads, exp_avgs, exp_avg_sqs, steps = columns
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
-            indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
+            filled.append((group, [start + i for i, p in enumerate(group["params"]) if p.grad is not None], columns))
             start += len(group["params"])
+        plan = self._current_plan()
+        if plan is not None:
+            make_local_([columns for _, _, columns in filled])
+        work: Work = []
+        for group, indices, columns in filled:
             rows = list(zip(*columns, strict=True))
-            for bucket in sort_into_buckets(Scalars.from_group(group), rows, indices, group["blocks"]):
+            for bucket in sort_into_buckets(Scalars.from_group(group), rows, indices, group["blocks"], plan):
                 bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
                 work.append((resolve(group, bucket.device)[0], bucket))
-        return work
+        return work, plan
+
+    def _current_plan(self) -> Plan | None:
+        """Return how the parameters are sharded; None where none of them is a DTensor."""
+        if not any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            return None
+        if self._plan is None or not self._plan.fits(self.param_groups):
+            self._plan = Plan.of(self.param_groups)
+        return self._plan
 
     def _init_group(
         self,
@@ -334,7 +364,12 @@ class Lamb(Optimizer):
         if is_capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
         check_alike(self.param_groups, self.defaults)
+        if is_guarded(self.param_groups[0]):
+            check_guard_is_global()
         for i, group in enumerate(self.param_groups):
+            reason = why_flat(group["params"], self._began[i])
+            if reason is not None:
+                raise NotImplementedError(f"group {i} {reason}")
             check_params(group, i)
             check_grads(group, i)
 
@@ -348,6 +383,10 @@ class Lamb(Optimizer):
                         self.state[p][name] = step.to(_step_device(group, p))
                     elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
                         self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+
+def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:
+    return len(params), params[0].dim() if params else 0
 
 
 def is_capturing() -> bool:

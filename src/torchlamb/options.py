@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamb.sharding import why_refused
+from torchlamb.sharding import is_dtensor, shards_other_dim_than_0, why_grad_refused, why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
 _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
@@ -64,6 +64,16 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         reason = why_refused(param)
         if reason is not None:
             raise NotImplementedError(f"{_name(group, group_index, i)} {reason}")
+        if group["grad_centralization"] and param.dim() >= 3 and shards_other_dim_than_0(param):
+            name = _name(group, group_index, i)
+            raise NotImplementedError(
+                f"grad_centralization needs means over all dims of {name} but the first, which is not all that its placements "
+                "shard; shard it on dim 0, or set grad_centralization=False for its group"
+            )
+        if group["differentiable"] and is_dtensor(param):
+            raise NotImplementedError(
+                f"{_name(group, group_index, i)} is a DTensor, which differentiable=True does not support"
+            )
         if blocks != 1 and (param.dim() == 0 or param.shape[0] % blocks):
             name, shape = _name(group, group_index, i), tuple(param.shape)
             raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {shape}")
@@ -77,6 +87,9 @@ def check_grads(group: dict[str, Any], group_index: int) -> None:
     for i, p in enumerate(group["params"]):
         if p.grad is None:
             continue
+        reason = why_grad_refused(p)
+        if reason is not None:
+            raise RuntimeError(f"{_name(group, group_index, i)} {reason}")
         if p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"Lamb does not support sparse gradients, and that of {_name(group, group_index, i)} has layout "

@@ -1,24 +1,314 @@
-"""What this version does with sharded parameters: it refuses them, because a wrong norm would train silently wrong.
+"""Parameters that lie in shards on several processes: their local tensors, and the sums over processes.
 
-LAMB's ratio needs norms over whole tensors. A shard's own norms are not those, so stepping shards one by one computes another
-rule without any sign of it. No other file imports torch.distributed, and this one only looks whether somebody else has.
+LAMB's ratio needs norms over whole tensors. Backends work on local shards and their sums of squares; between the two phases of
+a step this room adds those over the processes that hold the other shards. No other file imports torch.distributed, and this
+one only once somebody else has made a DTensor. It must not know of options or of the rule.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+Groups = tuple["ProcessGroup", ...]
+Cuts = list[tuple[int, int]]  # of each block: where its part of the local tensor begins in dim 0, and how long it is
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether it is a DTensor, without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def why_refused(param: Tensor) -> str | None:
-    """Return what is said of a parameter that can be recognised as a shard of a larger tensor, None of any other."""
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    if dtensor is not None and isinstance(param, dtensor.DTensor):
-        return "is a DTensor, and this version steps whole tensors only: give Lamb the parameters of an unsharded model"
+    """Return what is said of a parameter that cannot be stepped because of how it is sharded, None of any other."""
     if hasattr(param, "_fsdp_flattened"):
         return (
             "is a flat parameter of FullyShardedDataParallel, in which the layers that LAMB adapts are no longer "
-            "recognisable: give Lamb the parameters of an unsharded model"
+            "recognisable; shard the model with torch.distributed.fsdp.fully_shard instead"
         )
+    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):  # type: ignore[attr-defined]
+        return f"has placements {param.placements}: a sum that is still to be added cannot be stepped; redistribute it first"  # type: ignore[attr-defined]
     return None
+
+
+def why_grad_refused(param: Tensor) -> str | None:
+    """Return what is said of a gradient that does not fit how its parameter is sharded."""
+    grad = param.grad
+    if grad is None or not (is_dtensor(param) or is_dtensor(grad)):
+        return None
+    if not is_dtensor(grad):
+        return "is a DTensor and its gradient a plain tensor; make the gradient a DTensor too, with distribute_tensor"
+    if not is_dtensor(param):
+        return "is a plain tensor and its gradient a DTensor; take its full_tensor()"
+    if grad.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        return "lies on another device mesh than its gradient; redistribute the gradient"
+    odd = [p for p in grad.placements if p.is_partial() and p.reduce_op not in ("sum", "avg")]  # type: ignore[attr-defined]
+    return f"has a gradient with placement {odd[0]}; only sums and averages can be added" if odd else None
+
+
+def shards_other_dim_than_0(param: Tensor) -> bool:
+    """Return whether a mean over all dims but the first is not local."""
+    return is_dtensor(param) and any(getattr(p, "dim", 0) != 0 for p in param.placements)  # type: ignore[attr-defined]
+
+
+def why_flat(params: Sequence[Tensor], began: tuple[int, int]) -> str | None:
+    """Return what is said of a group whose parameters have been replaced by one flat partition of them.
+
+    Args:
+        params: of the group now
+        began: how many there were when the group was added, and how many dims the first of them had
+    """
+    if len(params) != 1 or params[0].dim() != 1 or is_dtensor(params[0]) or began == (1, 1):
+        return None
+    return (
+        f"held {began[0]} parameters, the first with {began[1]} dims, and now holds one flat tensor, in which the layers that "
+        "LAMB adapts are no longer recognisable; use torch.distributed.fsdp.fully_shard instead of flat partitions"
+    )
+
+
+def check_guard_is_global() -> None:
+    """Raise if a ZeroRedundancyOptimizer is calling, whose processes each see the gradients of some parameters only.
+
+    It leaves no mark on the optimizer that it wraps, but its frame is on the call stack.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None:
+        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise NotImplementedError(
+                "max_grad_norm and skip_nonfinite need the norm over all gradients, and inside a ZeroRedundancyOptimizer each "
+                "process sees those of its own parameters only: clip with torch.nn.utils.clip_grad_norm_ before the step"
+            )
+        frame = frame.f_back
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor, and any other tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    shard: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    waits = hasattr(shard, "trigger_wait")  # AsyncCollectiveTensor: its collective is still running
+    return shard.trigger_wait() if waits else shard  # type: ignore[no-any-return]
+
+
+def make_local_(columns_of_groups: Sequence[list[list[Tensor]]]) -> None:
+    """Replace DTensors by this process's shards, in lists [params, grads, exp_avgs, exp_avg_sqs, steps] of each group."""
+    params = [p for columns in columns_of_groups for p in columns[0]]
+    grads = iter(local_grads(params, [g for columns in columns_of_groups for g in columns[1]]))
+    for columns in columns_of_groups:
+        columns[1] = [next(grads) for _ in columns[1]]
+        for i in (0, 2, 3):
+            columns[i] = list(map(local, columns[i]))
+
+
+def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients as local tensors that match their parameters' shards.
+
+    Gradients that are still to be added over processes (`Partial`, as sequence parallelism gives them for norms) are packed:
+    one all-reduce for each process group, where redistributing each gradient would take one apiece.
+    """
+    shards = [local(grad) for grad in grads]
+    placements: dict[int, list[Any]] = {}  # of the gradients that do not lie as their parameters do
+    partial: dict[ProcessGroup, list[tuple[int, str]]] = {}
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+            placements[i] = list(grad.placements)  # type: ignore[attr-defined]
+            for dim, placement in enumerate(grad.placements):  # type: ignore[attr-defined]
+                if placement.is_partial():
+                    partial.setdefault(grad.device_mesh.get_group(dim), []).append((i, placement.reduce_op))  # type: ignore[attr-defined]
+                    placements[i][dim] = _replicate()
+    for group, entries in partial.items():
+        _add_packed_(shards, entries, group)
+    for i, now in placements.items():
+        if tuple(now) != params[i].placements:  # type: ignore[attr-defined]
+            shards[i] = local(_as_dtensor(shards[i], grads[i], now).redistribute(placements=params[i].placements))  # type: ignore[attr-defined]
+    return shards
+
+
+@dataclass
+class _Entry:
+    """What is remembered of one parameter: how to tell that it is still the same, and where its rows stand."""
+
+    param: weakref.ref[Tensor]
+    spec: object  # of a DTensor: its mesh, placements, shape and dtype
+    groups: Groups = ()  # over which its sums of squares are added, one after the other
+    first_row: int = -1  # in the reduced table, if it is sharded
+    rows: int = 0
+    cuts: Cuts | None = None  # where blocks end somewhere else than at equal parts of the local tensor
+
+
+@dataclass
+class Plan:
+    """Which sums of squares are added over which processes.
+
+    It comes from the parameters alone, never from which gradients there are: processes may differ in those, and a process that
+    left a collective out would make the others wait for ever.
+    """
+
+    entries: list[_Entry] = field(default_factory=list)  # of every parameter, in the order of the groups
+    rows_of: dict[ProcessGroup, list[int]] = field(default_factory=dict)  # rows of the table that are added over it
+    device_type: str = "cpu"  # of the meshes
+    dtype: torch.dtype = torch.float32
+    rows: int = 0
+
+    @classmethod
+    def of(cls, param_groups: Sequence[dict[str, Any]]) -> Plan:
+        """Make it for these parameters."""
+        plan = cls()
+        for group in param_groups:
+            for param in group["params"]:
+                plan._add(param, group["blocks"])
+        return plan
+
+    def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether these are the parameters it was made for; wrappers replace them after construction."""
+        params = [p for group in param_groups for p in group["params"]]
+        return len(params) == len(self.entries) and all(
+            entry.param() is p and entry.spec is getattr(p, "_spec", None)
+            for p, entry in zip(params, self.entries, strict=True)
+        )
+
+    def groups_of(self, index: int) -> Groups:
+        """Return the process groups over which the rows of the parameter at that position are added."""
+        return self.entries[index].groups
+
+    def cuts_of(self, index: int) -> Cuts | None:
+        """Return where its blocks lie in the local tensor; None for equal parts."""
+        return self.entries[index].cuts
+
+    def add_sq_norms_(self, tables: Sequence[tuple[Sequence[int], Tensor]], without_grad: dict[int, Tensor]) -> None:
+        """Add sums of squares over processes, in place: one all-reduce for each process group.
+
+        Args:
+            tables: for each bucket of sharded rows, the parameter's position of each row, and the sums (rows, 2) of parameter
+                and update over this process's shards
+            without_grad: by position, the sums (blocks,) over this process's shards of sharded parameters without a gradient:
+                other processes may have one, and need this shard's part of the norm
+        """
+        if not self.rows_of:
+            return
+        device = next((sq_norms.device for _, sq_norms in tables), torch.device(self.device_type))
+        table = torch.zeros(self.rows, 2, dtype=self.dtype, device=device)
+        places = [self._places(indices) for indices, _ in tables]
+        for place, (_, sq_norms) in zip(places, tables, strict=True):
+            table[place] = sq_norms.to(device, self.dtype)
+        for index, squares in without_grad.items():
+            first = self.entries[index].first_row
+            table[first : first + len(squares), 0] = squares.to(device, self.dtype)
+        for group, rows in self.rows_of.items():
+            place = _slice_or_list(rows)
+            table[place] = self._all_reduced(table[place], group)
+        for place, (_, sq_norms) in zip(places, tables, strict=True):
+            sq_norms.copy_(table[place])
+
+    def added(self, sums: Sequence[tuple[Groups, Tensor]], found_inf: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the total of all sums, and `found_inf`, over all processes: one all-reduce for each process group.
+
+        Args:
+            sums: 0-dim sums over shards, and the process groups that hold the other shards
+            found_inf: 0-dim, 0 where everything is finite
+        """
+        device = sums[0][1].device if sums else torch.device(self.device_type)
+        kinds = list(dict.fromkeys(entry.groups for entry in self.entries))
+        of_kind = {kind: torch.zeros((), dtype=self.dtype, device=device) for kind in kinds}
+        for kind, value in sums:
+            of_kind[kind] = of_kind[kind] + value.to(device)
+        found_inf = found_inf.to(device, self.dtype)
+        for group in self.rows_of:
+            members = [kind for kind in kinds if group in kind]
+            parts = torch.stack([*(of_kind[kind] for kind in members), found_inf])
+            *values, found_inf = self._all_reduced(parts, group).unbind()
+            of_kind.update(zip(members, values, strict=True))
+        return torch.stack(list(of_kind.values())).sum(), found_inf
+
+    def _add(self, param: Tensor, blocks: int) -> None:
+        entry = _Entry(weakref.ref(param), getattr(param, "_spec", None))
+        self.entries.append(entry)
+        if not is_dtensor(param):
+            return
+        mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+        # Not "is a Shard": _StridedShard, which FSDP2 over tensor parallelism gives, is no subclass of it.
+        dims = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
+        if not dims:
+            return
+        entry.groups = tuple(mesh.get_group(i) for i in dims)
+        entry.first_row, entry.rows = self.rows, blocks
+        if blocks > 1 and any(placements[i].dim == 0 for i in dims):
+            entry.cuts = _cuts(param, blocks)
+        for group in entry.groups:
+            self.rows_of.setdefault(group, []).extend(range(self.rows, self.rows + blocks))
+        self.rows += blocks
+        self.device_type = mesh.device_type
+        self.dtype = torch.promote_types(self.dtype, torch.promote_types(param.dtype, torch.float32).to_real())
+
+    def _places(self, indices: Sequence[int]) -> slice | list[int]:
+        """Return where in the table the rows of a bucket stand; rows of one parameter follow each other."""
+        places: list[int] = []
+        for row, index in enumerate(indices):
+            again = row > 0 and indices[row - 1] == index
+            places.append(places[-1] + 1 if again else self.entries[index].first_row)
+        return _slice_or_list(places)
+
+    def _all_reduced(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        # CPU-offloaded shards have CPU tensors on an accelerator's mesh, whose process groups reduce on the accelerator.
+        on_mesh = tensor.to(self.device_type, copy=True)
+        torch.distributed.all_reduce(on_mesh, group=group)
+        return on_mesh.to(tensor.device)
+
+
+def _slice_or_list(places: list[int]) -> slice | list[int]:
+    first = places[0] if places else 0
+    contiguous = places == list(range(first, first + len(places)))
+    return slice(first, first + len(places)) if contiguous else places
+
+
+def _cuts(param: Any, blocks: int) -> Cuts:
+    """Return where the blocks of the whole tensor lie in this process's rows of dim 0."""
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = [p if getattr(p, "dim", None) == 0 else _replicate() for p in param.placements]
+    numbers = torch.arange(param.shape[0], device=param.device_mesh.device_type)
+    mine = local(distribute_tensor(numbers, param.device_mesh, placements, src_data_rank=None)).tolist()
+    size, first = param.shape[0] // blocks, mine[0] if mine else 0
+    if mine != list(range(first, first + len(mine))):
+        raise NotImplementedError(
+            f"blocks={blocks}: the rows of a parameter with placements {param.placements} that lie on this process do not "
+            "follow each other; set blocks=1"
+        )
+    bounds = [min(max(b * size - first, 0), len(mine)) for b in range(blocks + 1)]
+    return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
+
+
+def _add_packed_(shards: list[Tensor], entries: Sequence[tuple[int, str]], group: ProcessGroup) -> None:
+    dtype = shards[entries[0][0]].dtype
+    for i, _ in entries:
+        dtype = torch.promote_types(dtype, shards[i].dtype)
+    packed = torch.cat([shards[i].to(dtype).reshape(-1) for i, _ in entries])
+    torch.distributed.all_reduce(packed, group=group)
+    for (i, reduce_op), part in zip(entries, torch.split(packed, [shards[i].numel() for i, _ in entries]), strict=True):
+        part = part / group.size() if reduce_op == "avg" else part
+        shards[i] = part.view(shards[i].shape)
+
+
+def _as_dtensor(shard: Tensor, like: Any, placements: Sequence[Any]) -> DTensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(shard, like.device_mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def _replicate() -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()

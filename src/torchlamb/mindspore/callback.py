@@ -20,7 +20,7 @@ class TrainState:
     epoch_num: int  # epochs in all
     batch_num: int | None  # steps in an epoch; None where the dataset has no length
     cur_epoch_num: int = 0
-    cur_step_num: int = 0  # steps taken in all epochs of this training
+    cur_step_num: int = 0  # over all epochs of this training
     net_outputs: Tensor | None = None  # the last loss, 0-dim
 
 

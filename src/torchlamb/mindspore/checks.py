@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torchlamb.options import fail
@@ -37,11 +37,11 @@ def check_count(name: str, value: Any) -> int:
         TypeError: it is no int; a bool is none
         ValueError: it is less than 1
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise fail(TypeError, name, "an int >= 1", value)
     if value < 1:
         raise fail(ValueError, name, "an int >= 1", value)
-    return value
+    return int(value)
 
 
 def _check(name: str, value: Any, kind: str, accept: Callable[[Any], bool], above: float, least: float, below: float) -> float:
@@ -49,6 +49,10 @@ def _check(name: str, value: Any, kind: str, accept: Callable[[Any], bool], abov
     wanted = f"a finite {kind} {' and '.join(limits)}".rstrip()
     if not accept(value):
         raise fail(TypeError, name, wanted, value)
-    if not (above < value < below and least <= value and math.isfinite(value)):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (above < number < below and least <= number and math.isfinite(number)):
         raise fail(ValueError, name, wanted, value)
-    return float(value)
+    return number

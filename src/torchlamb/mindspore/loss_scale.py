@@ -40,11 +40,15 @@ class LossScaleManager:
             ValueError: parameters that are float16 themselves, as GradScaler says
         """
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(optimizer)
-        if self.get_drop_overflow_update():
-            self.scaler.step(optimizer)
-        else:
-            optimizer.step()
+        try:
+            self.scaler.unscale_(optimizer)
+            if self.get_drop_overflow_update():
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+        except BaseException:
+            self._keep_scale()  # or the scaler would say of every later step that unscale_() has been called
+            raise
         self._update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,6 +61,10 @@ class LossScaleManager:
 
     def _update(self) -> None:
         raise NotImplementedError
+
+    def _keep_scale(self) -> None:
+        """Tell the scaler that the step is over. GradScaler has no factor of 1, but takes a new scale."""
+        self.scaler.update(self.scaler.get_scale())
 
 
 class FixedLossScaleManager(LossScaleManager):
@@ -80,16 +88,15 @@ class FixedLossScaleManager(LossScaleManager):
     """
 
     def __init__(self, loss_scale: float = 128.0, drop_overflow_update: bool = True) -> None:
-        self._loss_scale = check_number("loss_scale", loss_scale, least=1)
         self._drop = flag("drop_overflow_update", drop_overflow_update)
-        super().__init__(init_scale=self._loss_scale)
+        super().__init__(init_scale=check_number("loss_scale", loss_scale, least=1))
 
     def get_drop_overflow_update(self) -> bool:
         """Return whether a step whose gradients overflowed is dropped."""
         return self._drop
 
     def _update(self) -> None:
-        self.scaler.update(self._loss_scale)
+        self._keep_scale()
 
 
 class DynamicLossScaleManager(LossScaleManager):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import GeneratorType
 from typing import Any
@@ -102,7 +102,7 @@ class Model:
             )
         listeners = _read_callbacks(callbacks)
         progress_bar = _import_progress_bar()
-        batch_num = len(train_dataset) if isinstance(train_dataset, Sized) else None
+        batch_num = _length(train_dataset)
         state = TrainState(self.network, self.loss_fn, optimizer, train_dataset, epoch, batch_num)
         context = RunContext(state)
         with _mode(self.network, training=True):
@@ -132,7 +132,7 @@ class Model:
         with _mode(self.network, training=False), torch.no_grad():
             for data, label in self._batches("valid_dataset", valid_dataset, pairs=True):
                 outputs = self.network(data)
-                loss = _mean(self.loss_fn(outputs, label)) if needs_loss and self.loss_fn is not None else None
+                loss = self.loss_fn(outputs, label) if needs_loss and self.loss_fn is not None else None
                 for counter in counters.values():
                     counter.update(outputs, label, loss)
         return {name: counter.result() for name, counter in counters.items()}
@@ -145,9 +145,9 @@ class Model:
     def _train_epoch(self, optimizer: Optimizer, listeners: list[Callback], context: RunContext, bar: Any) -> None:
         state = context.original_args()
         for batch in self._batches("train_dataset", state.train_dataset, pairs=self.loss_fn is not None):
+            state.cur_step_num += 1
             _call(listeners, "step_begin", context)
             state.net_outputs = self._train_step(optimizer, batch)
-            state.cur_step_num += 1
             if bar.update():  # it was drawn: reading the loss waits for the device, so not at every step
                 bar.set_postfix(loss=f"{state.net_outputs.item():.4g}")
             _call(listeners, "step_end", context)
@@ -195,6 +195,13 @@ class Model:
 def _check_dataset(name: str, dataset: Any) -> None:
     if isinstance(dataset, (Tensor, str)) or not (isinstance(dataset, Iterable) or callable(dataset)):
         raise fail(TypeError, name, "an iterable of batches (data, label), or a function that returns one", type(dataset))
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # a DataLoader has __len__ even where its dataset has none
+        return None
 
 
 def _read_callbacks(callbacks: Any) -> list[Callback]:

@@ -71,19 +71,23 @@ class Cell(nn.Module):
         ['fc.weight', 'fc.bias']
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        own = {name: method for name, method in vars(cls).items() if name in ("construct", "forward")}
+        if len(own) == 1:
+            (method,) = own.values()
+            setattr(cls, "construct", method)  # noqa: B010
+            setattr(cls, "forward", method)  # noqa: B010
+
     def construct(self, *inputs: Any, **keywords: Any) -> Any:
         """Compute the outputs; another name for `forward`.
 
         Raises:
             NotImplementedError: the subclass defines neither
         """
-        if type(self).forward is Cell.forward:
-            raise NotImplementedError(f"{type(self).__name__} must define construct or forward")
-        return self.forward(*inputs, **keywords)
+        raise NotImplementedError(f"{type(self).__name__} must define construct or forward")
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """Compute the outputs; torch calls this."""
-        return self.construct(*inputs, **keywords)
+    forward = construct
 
     def trainable_params(self, recurse: bool = True) -> list[NamedParameter]:
         """Return the parameters that require a gradient, as the function `trainable_params` does."""

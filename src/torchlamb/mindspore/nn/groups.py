@@ -28,6 +28,7 @@ def read_params(params: Any) -> tuple[list[Group], list[Tensor] | None]:
     if any(isinstance(entry, dict) for entry in entries):
         return _read_groups(entries)
     pairs = _pairs("params", entries, or_kind=" or a dict")
+    check_no_duplicates(pairs, "params", {})
     excluded = [name is not None and ("beta" in name or "gamma" in name) for name, _ in pairs]
     decaying: Group = {"params": [entry for entry, out in zip(entries, excluded, strict=True) if not out]}
     others: Group = {"params": [entry for entry, out in zip(entries, excluded, strict=True) if out], "weight_decay": 0.0}
@@ -57,6 +58,16 @@ def read_group(group: Any, index: int) -> Group:
     if "grad_centralization" in group:
         read["grad_centralization"] = flag(f"group {index} grad_centralization", group["grad_centralization"])
     return read
+
+
+def check_no_duplicates(pairs: Iterable[tuple[str | None, Tensor]], where: str, known: dict[int, str]) -> None:
+    """Raise RuntimeError if a parameter is given twice, or is one of `known`, names by the identity of parameters."""
+    known = dict(known)
+    for i, (name, tensor) in enumerate(pairs):
+        label = name or f"{where}[{i}]"
+        if id(tensor) in known:
+            raise RuntimeError(f"parameter {label!r} is given twice, first as {known[id(tensor)]!r}; give it once")
+        known[id(tensor)] = label
 
 
 def positions(order: Sequence[Tensor], parameters: Sequence[NamedParameter]) -> list[int]:
@@ -138,7 +149,7 @@ def _pairs(where: str, entries: Iterable[Any], or_kind: str = "", may_mix: bool 
             raise fail(TypeError, f"{where}[{i}]", f"a parameter, a (name, parameter) pair{or_kind}", entry)
         pairs.append((pair[0], pair[1]))
         if not may_mix and (pair[0] is None) != (pairs[0][0] is None):
-            raise ValueError(
+            raise TypeError(
                 f"{where}[{i}] must have a name where others have one, and none where they have none; name all or none"
             )
     return pairs
@@ -146,7 +157,7 @@ def _pairs(where: str, entries: Iterable[Any], or_kind: str = "", may_mix: bool 
 
 def _listed(name: str, value: Any) -> list[Any]:
     wanted = "a list of parameters" + (" or of dicts" if name == "params" else "")
-    if value is None:
+    if value is None and name != "order_params":
         raise fail(ValueError, name, wanted, value)
     if isinstance(value, (Tensor, str, Mapping, nn.Module)) or not isinstance(value, Iterable):
         raise fail(TypeError, name, wanted, type(value))

@@ -20,12 +20,14 @@ from torchlamb.mindspore.nn.cell import NamedParameter
 from torchlamb.mindspore.nn.groups import (
     Group,
     check_gradients,
+    check_no_duplicates,
     positions,
     read_global_step,
     read_group,
     read_params,
 )
 from torchlamb.mindspore.nn.learning_rate import DYNAMIC, LearningRate, parse, value_at
+from torchlamb.sharding import Plan
 
 
 class Lamb(lamb.Lamb):
@@ -150,12 +152,12 @@ class Lamb(lamb.Lamb):
         """
         index = len(self.param_groups)
         group = read_group(param_group, index)
-        known = {id(p): name for name, p in self.parameters}
-        for i, entry in enumerate(group["params"]):
-            name, p = entry if isinstance(entry, tuple) else (f"group {index} params[{i}]", entry)
-            if id(p) in known:
-                raise RuntimeError(f"parameter {name!r} is given twice, first as {known[id(p)]!r}; give it once")
-            known[id(p)] = name
+        pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in group["params"]]
+        check_no_duplicates(pairs, f"group {index} params", {id(p): name for name, p in self.parameters})
+        if self.param_groups and (pairs[0][0] is None) != ("param_names" not in self.param_groups[0]):
+            raise TypeError(
+                f"group {index} params must have names where other groups have them; name the parameters of all or none"
+            )
         rate = group.pop("lr", self._learning_rate)
         for other in self._group_rates:
             if isinstance(rate, tuple) and isinstance(other, tuple) and len(rate) != len(other):
@@ -171,7 +173,11 @@ class Lamb(lamb.Lamb):
 
     def state_dict(self) -> StateDict:
         """Return torch's state dict with a further entry, "global_step". Schedules and vectors are not in it."""
-        return {**super().state_dict(), "global_step": self.global_step}
+        hook = self.register_state_dict_post_hook(lambda _, state: state.update(global_step=self.global_step), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict()` returned, here or in `torchlamb.Lamb`.
@@ -182,10 +188,22 @@ class Lamb(lamb.Lamb):
         Raises:
             TypeError, ValueError: a "global_step" that is no int >= 0; groups or their sizes that differ. Nothing has changed.
         """
-        global_step = read_global_step(state_dict)
-        super().load_state_dict(state_dict)
-        self._global_step = global_step
-        self._written = [group["lr"] for group in self.param_groups]
+        loaded: list[int] = []
+
+        def own_post_hook(_: Any) -> None:
+            self._global_step = loaded[-1]
+            self._written = [group["lr"] for group in self.param_groups]
+
+        # As hooks, so that the user's own see and may change the entry, as everything else.
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(read_global_step(state))),
+            self.register_load_state_dict_post_hook(own_post_hook, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_learning_rate", "_group_rates", "_written", "_order", "_global_step")
@@ -197,7 +215,7 @@ class Lamb(lamb.Lamb):
         return False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would replay the first call's lr and count
-    def _resolve(self) -> Work:
+    def _resolve(self) -> tuple[Work, Plan | None]:
         """Take this step's learning rates and count it, unless it cannot be taken."""
         self._check_step()
         self._written = self._next_lrs()
@@ -216,10 +234,15 @@ class Lamb(lamb.Lamb):
                 "step() is being captured in a graph, which would replay one value of a dynamic learning_rate for ever; "
                 "give learning_rate as a 0-dim tensor and change it in place"
             )
-        return [
-            value_at(rate, self.global_step) if isinstance(rate, DYNAMIC) and group["lr"] == written else group["lr"]
-            for group, rate, written in zip(self.param_groups, self._group_rates, self._written, strict=True)
-        ]
+        lrs = []
+        for i, (group, rate, written) in enumerate(zip(self.param_groups, self._group_rates, self._written, strict=True)):
+            lr = group["lr"]
+            if isinstance(rate, DYNAMIC) and lr == written:
+                lr = value_at(rate, self.global_step)
+            elif not isinstance(lr, Tensor):
+                check_number(f"param_groups[{i}]['lr']", lr, least=0)
+            lrs.append(lr)
+        return lrs
 
     def _current(self, rate: LearningRate) -> Any:
         """Return what a group shows before its next step; a vector that is used up shows its last value."""

@@ -33,7 +33,7 @@ def parse(name: str, value: Any) -> LearningRate:
         if value.dim() > 1:
             raise ValueError(f"{name} must be a 0-dim or 1-D tensor, got shape {tuple(value.shape)}")
         return _vector(name, value.tolist())
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         if isinstance(value, Real):
             return check_number(name, value, least=0)
         wanted = "a number >= 0, a 0-dim or 1-D tensor, an iterable of numbers or a LearningRateSchedule"
@@ -58,7 +58,7 @@ def value_at(lr: tuple[float, ...] | LearningRateSchedule, step: int) -> float:
     value = lr(step)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    return check_number(f"the learning rate of {lr!r} at step {step}", value, least=0)
+    return check_number(f"the learning rate of {type(lr).__name__} at step {step}", value, least=0)
 
 
 def _vector(name: str, values: Iterable[Any]) -> tuple[float, ...]:

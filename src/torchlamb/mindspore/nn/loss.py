@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -52,8 +53,11 @@ class SoftmaxCrossEntropyWithLogits(nn.Module):
         if labels.shape != wanted:
             hint = "are labels class indices? then set sparse=True" if not self.sparse else "sparse=False takes one-hot labels"
             raise ValueError(f"labels must have shape {tuple(wanted)}, got {tuple(labels.shape)}; {hint}")
+        # In float32 at least: a sum of float16 losses overflows.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.sparse:
             return cross_entropy(logits, labels.to(logits.dtype), reduction=self.reduction)
         if labels.is_floating_point() or labels.is_complex():
             raise fail(TypeError, "labels", "of an integer dtype with sparse=True", labels.dtype)
-        return cross_entropy(logits, labels.long(), reduction=self.reduction)
+        # torch would pass over labels of -100 in silence; no label is this one.
+        return cross_entropy(logits, labels.long(), reduction=self.reduction, ignore_index=-(2**63))

@@ -1,0 +1,75 @@
+"""Sharded parameters step as whole ones do. For each world size, one process group runs all its cases of `sharded_cases.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sharded_cases import CASES
+
+WORLDS = (2, 3, 4)
+LIMIT = 240  # seconds for all cases of a world
+
+
+def run_world(world: int, out: Path) -> None:
+    """Start the processes, and stop all of them at the limit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with (out / f"log{rank}").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("sharded_cases.py")), str(out)],
+                env={**os.environ, **{key: str(value) for key, value in environment.items()}},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        processes.append(process)
+    try:
+        for process in processes:
+            process.wait(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        pass  # what was not written has not passed
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def outcome(tmp_path_factory):
+    """What every process of a world wrote of a case: a traceback, or nothing."""
+    folders: dict[int, Path] = {}
+
+    def look_up(world: int, name: str) -> str:
+        if world not in folders:
+            folders[world] = tmp_path_factory.mktemp(f"world{world}")
+            run_world(world, folders[world])
+        found = []
+        for rank in range(world):
+            path = folders[world] / f"rank{rank}.json"
+            results = json.loads(path.read_text()) if path.exists() else {}
+            if name not in results:
+                end = (folders[world] / f"log{rank}").read_text()[-2000:]
+                found.append(f"process {rank} of {world} ended or was stopped before this case:\n{end}")
+            elif results[name] is not None:
+                found.append(f"process {rank} of {world}:\n{results[name]}")
+        return "\n".join(found)
+
+    return look_up
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world in WORLDS for name, (_, worlds) in CASES.items() if world in worlds]
+)
+@pytest.mark.timeout(LIMIT + 60)
+def test_sharded(world, name, outcome):
+    failures = outcome(world, name)
+    assert not failures, failures
