@@ -49,7 +49,7 @@ def test_the_example_stands_in_the_readme_and_trains(capsys):
     assert (rest["lr"], rest["weight_decay"], rest["grad_centralization"]) == (poly_decay_lr(0), 0.0, False)
     assert [x.name for x in optimizer.parameters] == [name for name, _ in names["net"].named_parameters()]
     exec(after, names)
-    assert optimizer.global_step == 20 * 23
+    assert optimizer.global_step == 20 * 12
     assert rest["lr"] == 0.01
     assert names["accuracy"] >= 0.95
     shown = capsys.readouterr()

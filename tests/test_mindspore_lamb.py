@@ -182,10 +182,14 @@ def test_row02_forms_of_parameters(form):
         ([], ValueError, "empty"),
         ((), ValueError, "empty"),
         (3, TypeError, "params"),
-        ("weights", TypeError, "params"),
+        ("weights", TypeError, "params must be a list of parameters or of dicts"),
         (torch.ones(2), TypeError, "params"),
-        (torch.nn.Linear(2, 2), TypeError, "params"),
-        ({"params": [torch.ones(2)]}, TypeError, "params"),
+        (torch.nn.Linear(2, 2), TypeError, "params must be a list of parameters or of dicts"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), TypeError, r"params\[0\] must be a parameter"),
+        ([("w",)], TypeError, r"params\[0\] must be a parameter"),
+        ([("w", torch.ones(2), 3)], TypeError, r"params\[0\] must be a parameter"),
+        ([(3, torch.ones(2))], TypeError, r"params\[0\] must be a parameter"),
+        ({"params": [torch.ones(2)]}, TypeError, "params must be a list of parameters or of dicts"),
         ([torch.ones(2), {"params": [torch.ones(2)]}], TypeError, r"params\[0\] must be a dict, as others are, got Tensor"),
         ([{"params": [torch.ones(2)]}, torch.ones(2)], TypeError, r"params\[1\]"),
         ([torch.ones(2), 3], TypeError, r"params\[1\] must be a parameter.* or a dict, got 3"),
@@ -228,6 +232,18 @@ def test_row03_another_key_is_refused_with_the_five(key):
         assert repr(name) in str(error.value.args[0])
 
 
+def test_row03_the_first_wrong_key_is_named():
+    with pytest.raises(KeyError, match="has the key 'betas'"):
+        nn.Lamb([{"params": make_params(), "betas": 1, "eps": 2}], 0.1)
+
+
+def test_row03_parameters_without_names_are_called_by_position():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    assert [x.name for x in nn.Lamb([{"params": [p]}, {"params": [q]}], 0.1).parameters] == ["parameters[0]", "parameters[1]"]
+    with pytest.raises(RuntimeError, match=r"'group 1 params\[0\]' is given twice, first as 'parameters\[1\]'"):
+        nn.Lamb([{"params": [p, q]}, {"params": [q]}], 0.1)
+
+
 def test_row03_params_are_required():
     with pytest.raises(KeyError, match="group 0 has no 'params'"):
         nn.Lamb([{"lr": 0.1}], 0.1)
@@ -268,6 +284,7 @@ def test_row03_wrong_order_params():
         ({"order_params": [3]}, TypeError, r"order_params\[0\]"),
         ({"order_params": []}, ValueError, "order_params.*empty"),
         ({"order_params": params[:-1]}, ValueError, r"order_params lacks 'norm\.beta'"),
+        ({"order_params": params[:-2]}, ValueError, r"order_params lacks 'norm\.gamma'"),
         ({"order_params": [*params, params[0]]}, ValueError, "twice"),
         ({"order_params": [*params[:-1], torch.ones(2)]}, ValueError, r"order_params\[4\] is in no group"),
     ]:
@@ -383,6 +400,7 @@ FORMS: list[tuple[str, Any, list[float]]] = [
     ("schedule", nn.WarmUpLR(0.4, 4), [0.0, 0.1, 0.2, 0.3]),
     ("stair", nn.ExponentialDecayLR(0.4, 0.5, 2, is_stair=True), [0.4, 0.4, 0.2, 0.2]),
     ("own-schedule", Ramp(0.25), [0.25, 0.5, 0.75, 1.0]),
+    ("one-element-tensors", Calls(*torch.tensor([[0.5], [0.25], [0.75], [1.0]])), [0.5, 0.25, 0.75, 1.0]),
 ]
 
 
@@ -440,6 +458,7 @@ def test_row07_a_used_up_vector_raises_before_anything_changes(take):
     ("value", "kind", "words"),
     [
         ("0.1", TypeError, "learning_rate must be"),
+        (b"0.1", TypeError, "learning_rate must be"),
         (None, TypeError, "learning_rate must be"),
         (True, TypeError, "learning_rate"),
         (object(), TypeError, "learning_rate must be"),
@@ -515,6 +534,22 @@ def test_row07_a_step_that_fails_takes_no_value():
     assert optimizer.param_groups[0]["lr"] == 0.2
 
 
+def test_row07_a_step_that_fails_late_takes_no_value_either(monkeypatch):
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    params = make_params()
+    optimizer = nn.Lamb(params, [0.3, 0.2])
+    set_grads(params, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torchlamb.Lamb, "_init_group", fail)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert optimizer.global_step == 0
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
 def test_row07_a_fixed_tensor_can_be_changed_in_place():
     params, twins = make_params(), make_params()
     lr = torch.tensor(0.5)
@@ -587,7 +622,7 @@ def test_row07_a_fixed_learning_rate_takes_torch_schedulers():
 
 def test_row07_a_dynamic_learning_rate_is_not_captured(monkeypatch):
     params = make_params()
-    optimizer = nn.Lamb(params, Ramp(0.1), capturable=True)
+    optimizer = nn.Lamb([{"params": params[:2]}, {"params": params[2:], "lr": Ramp(0.1)}], 0.1, capturable=True)
     set_grads(params, 0)
     before = snapshot(optimizer)
     monkeypatch.setattr("torchlamb.lamb.is_capturing", lambda: True)
@@ -604,7 +639,7 @@ WRONG_NUMBERS: list[tuple[str, Any, type[Exception]]] = [
     *[(name, value, ValueError) for name in ("beta1", "beta2") for value in (0.0, 1.0, -0.1, 1.1, float("nan"))],
     *[("eps", value, ValueError) for value in (0.0, -1e-6, float("nan"), float("inf"))],
     *[("weight_decay", value, TypeError) for value in (True, "0.1", None, torch.tensor(0.1), [0.1])],
-    *[("weight_decay", value, ValueError) for value in (-0.1, -1, 10**400, float("nan"), float("inf"))],
+    *[("weight_decay", value, ValueError) for value in (-0.1, -1, float("nan"), float("inf"))],
 ]
 
 
@@ -619,6 +654,25 @@ def test_row08_wrong_numbers(name, value, kind):
         with pytest.raises(kind, match="group 0 weight_decay"):
             nn.Lamb([{"params": params, name: value}], 0.1)
     assert all(torch.equal(p, old) for (_, p), old in zip(params, before, strict=True))
+
+
+def test_row08_numbers_no_float_can_hold():
+    with pytest.raises(ValueError, match="weight_decay must be a finite number"):
+        nn.Lamb(make_params(), 0.1, weight_decay=10**400)
+
+
+def test_row08_the_message_has_limits_value_and_name():
+    with pytest.raises(ValueError, match=r"^beta1 must be a finite float > 0 and < 1, got 2\.0$"):
+        nn.Lamb(make_params(), 0.1, beta1=2.0)
+
+
+@pytest.mark.parametrize("value", [1, torch.tensor(1), np.float32(0.5), np.int64(1), [1, 2], np.array([1, 2])])
+def test_row07_numbers_are_converted_to_float(value):
+    params = make_params()
+    optimizer = nn.Lamb(params, value)
+    for step in range(2):
+        run(optimizer, params, range(step, step + 1))
+        assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
 
 
 def test_row08_limits_that_are_allowed():
@@ -672,6 +726,8 @@ WRONG_GRADIENTS: list[tuple[str, Any, type[Exception], str]] = [
     ("too many", lambda grads: [*grads, grads[0]], ValueError, "5 tensors.*got 6"),
     ("none", lambda _: (), ValueError, "5 tensors.*got 0"),
     ("one tensor", lambda grads: grads[0], TypeError, "gradients must be a tuple"),
+    ("mapping", lambda grads: dict.fromkeys(grads, 1), TypeError, "gradients must be a tuple"),
+    ("string", lambda _: "abc", TypeError, "gradients must be a tuple"),
     ("no iterable", lambda _: 3, TypeError, "gradients must be a tuple"),
     (
         "shape",
@@ -870,11 +926,17 @@ def test_row07_without_the_entry_the_largest_step_count_is_the_position():
     assert optimizer.global_step == 4
     run(optimizer, params, 1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
-    fresh = nn.Lamb(make_params(), Ramp(0.1))
-    state = fresh.state_dict()
-    del state["global_step"]
-    fresh.load_state_dict(state)
-    assert fresh.global_step == 0
+    for fresh in (nn.Lamb(params, Ramp(0.1)) for _ in range(2)):
+        assert not fresh.state[params[0].parameter]  # which leaves an empty entry
+        fresh.load_state_dict({"state": fresh.state_dict()["state"], "param_groups": fresh.state_dict()["param_groups"]})
+        assert fresh.global_step == 0
+        fresh.load_state_dict(fresh.state_dict())
+        assert fresh.global_step == 0
+    grads = make_grads(params, 0)
+    fresh([None, *grads[1:]])
+    fresh(grads)
+    fresh.load_state_dict({key: value for key, value in fresh.state_dict().items() if key != "global_step"})
+    assert fresh.global_step == 2
 
 
 @pytest.mark.parametrize(
@@ -907,6 +969,23 @@ def test_row03_groups_can_be_added():
     optimizer.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 1.0, 0.2]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1]
+
+
+def test_row03_a_group_added_after_its_vector_is_used_up():
+    params = make_params()
+    optimizer = nn.Lamb(params[:2], 0.1)
+    run(optimizer, params[:2], 2)
+    optimizer.add_param_group({"params": params[2:], "lr": [0.2, 0.1]})
+    assert optimizer.param_groups[-1]["lr"] == 0.1
+    with pytest.raises(IndexError, match="2 values and step 2"):
+        optimizer.step()
+
+
+def test_row03_a_copy_knows_the_learning_rate_of_groups_to_come():
+    params = make_params()
+    optimizer = copy.deepcopy(nn.Lamb(params[:2], [0.3, 0.2]))
+    optimizer.add_param_group({"params": params[2:]})
+    assert optimizer.param_groups[-1]["lr"] == 0.3
 
 
 def test_row03_a_group_that_is_refused_is_not_added():

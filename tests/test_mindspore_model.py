@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -200,6 +201,9 @@ def test_row10_defaults():
     assert FixedLossScaleManager(2, False).get_drop_overflow_update() is False
     assert DynamicLossScaleManager().get_loss_scale() == 2.0**24
     assert DynamicLossScaleManager().get_drop_overflow_update() is True
+    assert FixedLossScaleManager(1).get_loss_scale() == 1.0
+    scaler = DynamicLossScaleManager().scaler
+    assert (scaler.get_growth_interval(), scaler.get_growth_factor(), scaler.get_backoff_factor()) == (2000, 2.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +273,7 @@ def test_row13_labels_may_be_shares():
     shares = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
     wanted = torch.tensor([BY_HAND[0] + 0.5, BY_HAND[1]])
     torch.testing.assert_close(nn.SoftmaxCrossEntropyWithLogits()(LOGITS, shares), wanted)
+    torch.testing.assert_close(nn.SoftmaxCrossEntropyWithLogits()(LOGITS.double(), shares), wanted.double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +285,7 @@ def test_row13_labels_may_be_shares():
         (True, LOGITS, torch.tensor([1]), ValueError, r"\(2,\), got \(1,\)"),
         (True, LOGITS, torch.tensor([1.0, 2.0]), TypeError, "integer dtype"),
         (True, torch.ones(3), torch.tensor(1), ValueError, r"logits.*\(3,\)"),
+        (True, LOGITS, torch.tensor([1j, 0j]), TypeError, "integer dtype"),
     ],
 )
 def test_row13_wrong_tensors(sparse, logits, labels, kind, words):
@@ -365,6 +371,53 @@ def test_row14_without_a_loss_fn_the_network_returns_the_loss():
         assert torch.equal(p, q)
 
 
+class Own(torch.nn.Module):
+    """Returns its loss of any number of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return sum((self.weight * x).sum() for x in inputs)
+
+
+@pytest.mark.parametrize("batch", [torch.ones(2), [torch.ones(2)] * 3, (torch.ones(2),) * 3])
+def test_row14_without_a_loss_fn_batches_may_have_any_length(batch):
+    net = Own()
+    model = Model(net, optimizer=torch.optim.SGD(net.parameters(), 0.5))
+    model.train(1, [batch])
+    assert torch.equal(net.weight, torch.full((2,), 1 - 0.5 * (len(batch) if not isinstance(batch, Tensor) else 1)))
+
+
+class Seen(torch.nn.Module):
+    """Has a parameter on another device, and keeps where its inputs were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.devices = torch.nn.Parameter(torch.ones(1, device="meta")), []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.devices += [x.device.type for x in inputs]
+        raise KeyError("seen")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.predict(torch.ones(2)),
+        lambda model: model.eval([(torch.ones(2), torch.ones(2))]),
+        lambda model: model.train(1, [(torch.ones(2), torch.ones(2))]),
+    ],
+)
+def test_row14_batches_are_moved_to_the_network(call):
+    net = Seen()
+    with pytest.raises(KeyError, match="seen"):
+        call(Model(net, torch.nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters()), metrics="accuracy"))
+    assert net.devices == ["meta"]
+    assert torch.equal(Model(torch.nn.Identity()).predict(torch.ones(2)), torch.ones(2))  # one without parameters
+
+
 def test_row14_any_torch_optimizer_trains():
     net = make_net()
     model = Model(net, torch.nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), 0.5), metrics="accuracy")
@@ -382,6 +435,31 @@ def test_row14_the_bar_shows_epoch_steps_and_loss(capsys):
     assert "loss=" in shown
     make_model().train(1, as_generator)
     assert "6step" in capsys.readouterr().err.replace(" ", "")  # no length, no percentage
+
+
+def test_row14_the_bar_shows_the_loss_of_the_step_it_is_drawn_at(monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self) -> bool:
+            return True
+
+        def set_postfix(self, loss: str) -> None:
+            shown.append(loss)
+
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    recorder = Recorder()
+    make_model().train(1, make_data(3), recorder)
+    assert shown == [f"{loss.item():.4g}" for loss in [*recorder.losses, recorder.losses[-1]]]
 
 
 class Recorder(Callback):
@@ -433,6 +511,30 @@ def test_row14_callbacks_are_called_in_order():
     assert len({float(loss) for loss in first.losses}) == 4
 
 
+def test_row14_callbacks_are_called_one_after_the_other_and_while_it_trains():
+    seen: list[tuple[int, str, int, bool]] = []
+
+    class Look(Callback):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def _look(self, name: str, run_context: Any) -> None:
+            state = run_context.original_args()
+            seen.append((self.number, name, state.optimizer.global_step, state.network.training))
+
+        def step_begin(self, run_context: Any) -> None:
+            self._look("step_begin", run_context)
+
+        def end(self, run_context: Any) -> None:
+            self._look("end", run_context)
+
+    model = make_model()
+    model.network.eval()
+    model.train(1, make_data(2), [Look(1), Look(2)])
+    events = [("step_begin", 0, True), ("step_begin", 1, True), ("end", 2, True)]
+    assert seen == [(number, *event) for event in events for number in (1, 2)]
+
+
 def test_row14_callbacks_see_the_training():
     class Look(Callback):
         def begin(self, run_context: Any) -> None:
@@ -478,6 +580,12 @@ def test_row14_modes_are_put_back():
     with pytest.raises(ValueError, match=r"batches \(data, label\), got int"):
         model.eval([3])
     assert model.network.training
+    shared = torch.nn.Dropout()
+    net = torch.nn.Sequential(torch.nn.Sequential(shared), torch.nn.Sequential(shared))
+    shared.eval()
+    Model(net).predict(torch.ones(2))
+    assert net[1].training
+    assert not shared.training
 
 
 # Row 14: what a dataset may be
@@ -550,6 +658,14 @@ WRONG_CALLS: list[tuple[str, Any, type[Exception], str]] = [
 class Misnamed(Callback):
     def on_train_step_end(self, run_context: Any) -> None:
         pass
+
+
+def test_row14_a_wrong_dataset_is_found_before_callbacks_run():
+    for dataset in (None, "ab"):
+        recorder = Recorder()
+        with pytest.raises(TypeError, match="train_dataset must be an iterable"):
+            make_model().train(1, dataset, recorder)
+        assert recorder.events == []
 
 
 @pytest.mark.parametrize(("call", "kind", "words"), [case[1:] for case in WRONG_CALLS], ids=[case[0] for case in WRONG_CALLS])
@@ -644,6 +760,22 @@ def test_row14_forms_of_metrics(reduction):
         assert values.get("accuracy", wanted["accuracy"]) == wanted["accuracy"]
         assert values.get("cost", values.get("loss", wanted["loss"])) == pytest.approx(wanted["loss"], rel=1e-6)
         assert values.get("count", 96) == 96
+
+
+def test_row14_metrics_that_need_no_loss_take_none():
+    def fail(*_: Any) -> None:
+        raise AssertionError("called")
+
+    metrics = {"a": "accuracy"}
+    model = Model(make_net(), fail, metrics=metrics)
+    metrics["b"] = "f1"  # the model has its own copy
+    assert list(model.eval(make_data())) == ["a"]
+
+
+def test_row14_accuracy_of_labels_with_more_dims():
+    labels = torch.tensor([[0, 1], [2, 0]])
+    outputs = torch.nn.functional.one_hot(labels, 3).float()
+    assert Model(torch.nn.Identity(), metrics="accuracy").eval([(outputs, labels)]) == {"accuracy": 1.0}
 
 
 def test_row14_accuracy_of_one_hot_rows_of_any_dtype():

@@ -46,13 +46,13 @@ def check_count(name: str, value: Any) -> int:
 
 def _check(name: str, value: Any, kind: str, accept: Callable[[Any], bool], above: float, least: float, below: float) -> float:
     limits = [f"{sign} {limit}" for sign, limit in ((">", above), (">=", least), ("<", below)) if math.isfinite(limit)]
-    wanted = f"a finite {kind} {' and '.join(limits)}".rstrip()
+    wanted = f"a finite {kind} {' and '.join(limits)}"
     if not accept(value):
         raise fail(TypeError, name, wanted, value)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not (above < number < below and least <= number and math.isfinite(number)):
+    if not (above < number < below and least <= number):
         raise fail(ValueError, name, wanted, value)
     return number

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchlamb.mindspore.checks import check_number
 from torchlamb.mindspore.nn.cell import NamedParameter
@@ -159,7 +159,7 @@ def _listed(name: str, value: Any) -> list[Any]:
     wanted = "a list of parameters" + (" or of dicts" if name == "params" else "")
     if value is None and name != "order_params":
         raise fail(ValueError, name, wanted, value)
-    if isinstance(value, (Tensor, str, Mapping, nn.Module)) or not isinstance(value, Iterable):
+    if isinstance(value, (Tensor, str, Mapping)) or not isinstance(value, Iterable):
         raise fail(TypeError, name, wanted, type(value))
     entries = list(value)
     if not entries:

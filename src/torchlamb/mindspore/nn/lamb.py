@@ -221,8 +221,9 @@ class Lamb(lamb.Lamb):
         self._written = self._next_lrs()
         for group, lr in zip(self.param_groups, self._written, strict=True):
             group["lr"] = lr
+        resolved = super()._resolve()
         self._global_step += 1
-        return super()._resolve()
+        return resolved
 
     def _next_lrs(self) -> list[Any]:
         """Return what each group steps with: its dynamic value unless another was written to the group since the last step.
