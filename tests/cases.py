@@ -33,6 +33,7 @@ class BackendCase(NamedTuple):
 
 
 BACKENDS = [
+    BackendCase("default", {}, False),  # small tensors in one backend, large ones in the other
     BackendCase("single", {"foreach": False}, False),
     BackendCase("single-two-phase", {"foreach": False}, True),
     BackendCase("single-capturable", {"foreach": False, "capturable": True}, False),
@@ -147,6 +148,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk small tensors as large ones are walked."""
     monkeypatch.setattr("torchlamb.bucket.PIECE_PER_THREAD", 16 // torch.get_num_threads() or 1)
     monkeypatch.setattr("torchlamb.backends.foreach.BATCH", 40)
+    monkeypatch.setattr("torchlamb.bucket.SMALL", 20)
 
 
 def use_two_phases(monkeypatch: pytest.MonkeyPatch, case: BackendCase) -> None:

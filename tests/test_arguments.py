@@ -165,7 +165,9 @@ def test_generators_are_accepted():
 
 
 def test_repr_says_what_is_in_use_and_why():
-    assert "cpu: single (foreach=None" in repr(torchlamb.Lamb([parameter(2)]))
+    assert "cpu: foreach (foreach=None" in repr(torchlamb.Lamb([parameter(2)]))
+    both = repr(torchlamb.Lamb([parameter(2), parameter(2), parameter(2**14 + 1)]))
+    assert both.count("cpu: foreach (foreach=None") == both.count("cpu: single (foreach=None") == 1
     assert "cpu: foreach (foreach=True was asked for)" in repr(torchlamb.Lamb([parameter(2)], foreach=True))
     assert "cpu: single (differentiable=True" in repr(torchlamb.Lamb([parameter(2)], differentiable=True))
     meta = torch.nn.Parameter(torch.ones(2, device="meta"))

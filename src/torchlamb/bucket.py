@@ -21,6 +21,9 @@ from torchlamb.sharding import Cuts, Groups, Plan, local
 # Elements in a piece, for each thread that shares it: half a MiB of float32. Measured: docs/log.md.
 PIECE_PER_THREAD = 2**17
 
+# Elements of a CPU's tensor up to which calling torch costs more than the arithmetic. Measured: docs/log.md.
+SMALL = 2**14
+
 
 @dataclass
 class Bucket:
@@ -33,6 +36,7 @@ class Bucket:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already counting this step when a backend sees them
+    is_small: bool = False  # none of the rows' parameters has more than SMALL elements
     is_complex: bool = False  # the tensors' last dim holds real and imaginary parts
     process_groups: Groups = ()  # over which the sums of squares of all rows are added; none where nothing is sharded
     on_device: bool = False  # step counts stay tensors: nothing may be read back by the host
@@ -117,16 +121,22 @@ def sort_into_buckets(
     blocks: int,
     plan: Plan | None,  # how the parameters are sharded; None where nothing is
 ) -> list[Bucket]:
-    """Return the parameters of one group in buckets of one device, one set of dtypes and of process groups."""
+    """Return the parameters of one group in buckets of one device, size class, set of dtypes and of process groups."""
     buckets: dict[tuple[object, ...], Bucket] = {}
     for index, (param, grad, exp_avg, exp_avg_sq, step) in zip(indices, tensors, strict=True):
         groups, cuts = (plan.groups_of(index), plan.cuts_of(index)) if plan is not None else ((), None)
-        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, step.device, groups)
+        small = is_small(param)
+        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, step.device, groups, small)
         bucket = buckets.get(key)
         if bucket is None:
             sign = -1.0 if scalars.maximize else 1.0
-            bucket = Bucket(scalars.on(param.device), is_complex=param.is_complex(), process_groups=groups, grad_factor=sign)
-            buckets[key] = bucket
+            bucket = buckets[key] = Bucket(
+                scalars.on(param.device),
+                is_small=small,
+                is_complex=param.is_complex(),
+                process_groups=groups,
+                grad_factor=sign,
+            )
         bucket.params += cut(param, blocks, cuts)
         bucket.grads += cut(grad, blocks, cuts)
         bucket.exp_avgs += cut(exp_avg, blocks, cuts)
@@ -177,6 +187,11 @@ def pieces(*tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     if not all(t.is_contiguous() for t in in_order):
         return [tensors]
     return list(zip(*(torch.split(t.view(-1), piece_size()) for t in in_order), strict=True))
+
+
+def is_small(param: Tensor) -> bool:
+    """Return whether a CPU steps the parameter faster together with others than alone."""
+    return param.is_cpu and param.numel() <= SMALL
 
 
 def cut(tensor: Tensor, blocks: int, cuts: Cuts | None) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 
 from torchlamb import rule
 from torchlamb.backends import Work, resolve
-from torchlamb.bucket import sort_into_buckets, squares_without_grad
+from torchlamb.bucket import is_small, sort_into_buckets, squares_without_grad
 from torchlamb.guard import guard, is_guarded
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
@@ -288,9 +288,11 @@ class Lamb(Optimizer):
     def __repr__(self) -> str:
         lines = ["Backends"]
         for i, group in enumerate(self.param_groups):
-            for device in sorted({p.device for p in group["params"]}, key=str):
-                backend, why = resolve(group, device)
-                lines.append(f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})")
+            for device, small in sorted({(p.device, is_small(p)) for p in group["params"]}, key=str):
+                backend, why = resolve(group, device, small)
+                line = f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})"
+                if line != lines[-1]:
+                    lines.append(line)
         return super().__repr__().removesuffix(")") + "\n" + "\n".join(lines) + "\n)"
 
     @property
@@ -317,7 +319,7 @@ class Lamb(Optimizer):
             rows = list(zip(*columns, strict=True))
             for bucket in sort_into_buckets(Scalars.from_group(group), rows, indices, group["blocks"], plan):
                 bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
-                work.append((resolve(group, bucket.device)[0], bucket))
+                work.append((resolve(group, bucket.device, bucket.is_small)[0], bucket))
         return work, plan
 
     def _current_plan(self) -> Plan | None:

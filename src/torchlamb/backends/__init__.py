@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlamb.backends import foreach, single
-from torchlamb.bucket import Bucket
+from torchlamb.bucket import SMALL, Bucket
 
 
 class Backend(Protocol):
@@ -37,12 +37,14 @@ class Backend(Protocol):
 Work = list[tuple[Backend, Bucket]]  # what one step() has to do
 
 
-def resolve(group: dict[str, Any], device: torch.device) -> tuple[Backend, str]:
-    """Return the backend for a group's parameters on a device, and why it was chosen."""
+def resolve(group: dict[str, Any], device: torch.device, small: bool) -> tuple[Backend, str]:
+    """Return the backend for a group's small or large parameters on a device, and why it was chosen."""
     if group["differentiable"]:
         return single, "differentiable=True: autograd has to see every operation"
     if group["foreach"] is not None:
         return foreach if group["foreach"] else single, f"foreach={group['foreach']} was asked for"
+    if device.type == "cpu" and small:
+        return foreach, f"foreach=None: on a CPU, tensors of up to {SMALL:,} elements were measured faster many in one call"
     if device.type == "cpu":
-        return single, "foreach=None: on a CPU, pieces that fit in the cache were measured faster on BERT's tensors"
+        return single, f"foreach=None: on a CPU, tensors of over {SMALL:,} elements were measured faster in cache-sized pieces"
     return foreach, f"foreach=None: many tensors in one call; not measured on {device.type}"

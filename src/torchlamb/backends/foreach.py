@@ -6,39 +6,45 @@ batches of bounded size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import Bucket, cast, pieces
+from torchlamb.bucket import Bucket, cast, piece_size, pieces
 
-BATCH = 2**24  # elements stepped at once; two float32 temporaries of it are 128 MiB
+BATCH = 2**24  # elements stepped at once; two float32 temporaries of it are 128 MiB. On a CPU, what its cache holds.
 
 
 def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
-    for rows, batch in bucket.batches(BATCH):
+    for rows, batch in _batches(bucket):
         out[rows] = _squares(_cast(batch.grads, batch.dtype))
 
 
 def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
-    for rows, batch in bucket.batches(BATCH):
+    for rows, batch in _batches(bucket):
         sq_norms[rows] = _sq_norms(batch, _updates(batch, *_advance_(batch)))
 
 
 def apply(bucket: Bucket, sq_norms: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
-    for rows, batch in bucket.batches(BATCH):
+    for rows, batch in _batches(bucket):
         _subtract_(batch, _updates(batch, batch.exp_avgs, batch.exp_avg_sqs), sq_norms[rows])
 
 
 def step(bucket: Bucket, sq_norms: Tensor) -> None:
     """Do `accumulate` and `apply` batch by batch, keeping the updates instead of computing them twice."""
-    for rows, batch in bucket.batches(BATCH):
+    for rows, batch in _batches(bucket):
         updates = _updates(batch, *_advance_(batch))
         sq_norms[rows] = _sq_norms(batch, updates)
         _subtract_(batch, updates, sq_norms[rows])
+
+
+def _batches(bucket: Bucket) -> Iterator[tuple[slice, Bucket]]:
+    return bucket.batches(min(BATCH, piece_size()) if bucket.device.type == "cpu" else BATCH)
 
 
 def _advance_(batch: Bucket) -> tuple[list[Tensor], list[Tensor]]:
