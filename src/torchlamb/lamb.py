@@ -69,9 +69,8 @@ class Lamb(Optimizer):
         state_dtype: not available in this version: moments are float32 for bf16 and fp16 parameters, the parameter's own dtype
             otherwise
         maximize: maximize the objective (default: False)
-        foreach: True for torch's multi-tensor operations, False for one tensor after the other. None chooses by device: one
-            after the other on CPUs, though True is faster there for many tiny tensors; `repr` says what is in use and why
-            (default: None)
+        foreach: True for torch's multi-tensor operations, False for one tensor after the other. None chooses by device, and on
+            CPUs by size; `repr` says what is in use and why (default: None)
         fused: True is not available in this version (default: None)
         capturable: keep step counts on the device and read nothing back, for graph capture and `torch.compile`; the lr can then
             be a tensor on the parameters' device that is changed in place (default: False)
@@ -79,13 +78,16 @@ class Lamb(Optimizer):
 
     `max_grad_norm`, `skip_nonfinite` and `differentiable` must be the same in all groups; everything else may differ.
 
+    Parameters may be DTensors, sharded in any way: the result is that of whole tensors, and every process of their meshes must
+    call `step()`.
+
     State per parameter: `step` (0-dim float32), `exp_avg` and `exp_avg_sq` (the parameter's shape).
 
     Raises:
         TypeError: an argument of a wrong type
         ValueError: an argument out of range, a parameter that `blocks` does not divide, groups that differ where they must not
         RuntimeError: an implementation was asked for that cannot be had
-        NotImplementedError: an option that is not available yet, or a sharded parameter
+        NotImplementedError: an option that is not available yet, or a parameter whose shards cannot be stepped exactly
 
     Example:
         >>> import torch, torchlamb

@@ -1,0 +1,237 @@
+"""The FSDP2 example: sharded, stopped and resumed, it ends where the unsharded run does, and it refuses wrong flags."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "fsdp2.py"
+LIMIT = 120  # seconds for one run
+TOLERANCE = 1e-5
+SMALL = ["--steps", 6, "--batch-size", 61]  # no share of 2, 3 or 4 processes is like the others
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups are ended as POSIX does it")
+
+
+def run(*flags: object, processes: int, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the example to its end; 0 processes are one without torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
+    command = [str(part) for part in (sys.executable, *launcher, SCRIPT, *flags)]
+    # What started pytest may itself be one of several processes: its rank is none of the example's business.
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+    environment = {key: value for key, value in os.environ.items() if key not in ranks} | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=LIMIT)
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End it and what it started: torchrun gives every process a session of its own, and ends them when it is told to."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=40)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finished(*flags: object, processes: int, cwd: Path) -> list[str]:
+    done = run(*flags, processes=processes, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout.splitlines()
+
+
+def assert_same_as_unsharded(lines: list[str]) -> None:
+    accuracies = re.fullmatch(r"Test accuracy: sharded (\S+)%, unsharded (\S+)%", lines[-2])
+    difference = re.fullmatch(r"Largest relative difference of a parameter tensor: (\S+)", lines[-1])
+    assert accuracies is not None
+    assert difference is not None
+    assert 0.0 <= float(difference[1]) <= TOLERANCE
+    assert accuracies[1] == accuracies[2]
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("fsdp2_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def example():
+    return load_example()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the checkpoint of a run that 2 processes stopped half way."""
+    folder = tmp_path_factory.mktemp("stopped")
+    lines = finished(*SMALL, "--stop-at", 3, processes=2, cwd=folder)
+    assert lines == [
+        "Processes: 2 (cpu), steps 0 to 3, images in a step: 61",
+        f"Saved after 3 of 6 steps: {Path('out/fsdp2/checkpoint')}",
+    ]
+    return folder
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    lines = finished(*SMALL, "--out", "made/here", processes=2, cwd=tmp_path)
+    assert lines[:2] == [
+        "Processes: 2 (cpu), steps 0 to 6, images in a step: 61",
+        f"Saved after 3 of 6 steps: {Path('made/here/checkpoint')}",
+    ]
+    assert len(lines) == 4  # process 0 speaks alone
+    assert_same_as_unsharded(lines)
+    assert [path.name for path in (tmp_path / "made" / "here").iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("processes", [0, *(pytest.param(several, marks=pytest.mark.slow) for several in (1, 3))])
+def test_resumes_on_another_number_of_processes(processes, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    lines = finished(*SMALL, "--resume", processes=processes, cwd=tmp_path)
+    assert lines[0] == f"Processes: {processes or 1} (cpu), steps 3 to 6, images in a step: 61"
+    assert len(lines) == 3
+    assert_same_as_unsharded(lines)
+
+
+@pytest.mark.slow
+def test_the_commands_of_its_docstring(tmp_path, example):
+    commands = [line.split() for line in example.__doc__.splitlines() if line.startswith("    torchrun")]
+    assert [command[:2] for command in commands] == [["torchrun", "--nproc-per-node"]] * 2
+    for command in commands:
+        lines = finished(*command[4:], processes=int(command[2]), cwd=tmp_path)
+    assert_same_as_unsharded(lines)
+    assert float(re.search(r"unsharded (\S+)%", lines[-2])[1]) > 90.0
+
+
+@pytest.mark.slow
+def test_a_new_checkpoint_replaces_the_old_one_and_the_rest_of_a_killed_run(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    out = tmp_path / "out" / "fsdp2"
+    shutil.copytree(out / "checkpoint", out / "checkpoint.part")
+    (out / "checkpoint.part" / "progress.json").unlink()
+    (out / "checkpoint.part" / "__7_0.distcp").write_text("of an eighth process")
+    finished(*SMALL, "--resume", "--stop-at", 5, processes=0, cwd=tmp_path)
+    assert [path.name for path in out.iterdir()] == ["checkpoint"]
+    assert json.loads((out / "checkpoint" / "progress.json").read_text()) == {"step": 5, "steps": 6, "batch_size": 61}
+    assert sorted(path.name for path in (out / "checkpoint").iterdir()) == [".metadata", "__0_0.distcp", "progress.json"]
+    assert_same_as_unsharded(finished(*SMALL, "--resume", processes=0, cwd=tmp_path))
+
+
+REFUSED_TOGETHER = [
+    (["--resume"], "error: argument --resume: no checkpoint in "),
+    (["--batch-size", 1], "error: argument --batch-size: got '1'; give a whole number from 2 to 1437"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED_TOGETHER, ids=["no-checkpoint", "fewer-images-than-processes"])
+def test_all_processes_stop_at_a_wrong_flag(flags, message, tmp_path):
+    done = run(*flags, processes=2, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count(message) == 1
+    assert str(SCRIPT) + '", line' not in done.stderr  # torchrun shows where it failed itself, not where the example did
+    assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) == {"2"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_torchrun_a_wrong_flag_exits_with_2(tmp_path):
+    done = run("--resume", processes=0, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "error: argument --resume: no checkpoint in " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG = [
+    (["--steps", "0"], "--steps", "'0'", "at least 1"),
+    (["--steps", "1.5"], "--steps", "'1.5'", "at least 1"),
+    (["--batch-size", "3"], "--batch-size", "'3'", "from 4 to 1437"),
+    (["--batch-size", "1438"], "--batch-size", "'1438'", "from 4 to 1437"),
+    (["--stop-at", "0"], "--stop-at", "'0'", "at least 1"),
+    (["--stop-at", "60"], "--stop-at", "60", "above 0 and below 60"),
+    (["--steps", "10", "--stop-at", "11"], "--stop-at", "11", "above 0 and below 10"),
+    (["--resume", "--stop-at", "30"], "--stop-at", "30", "above 30 and below 60"),
+    (["--resume", "--steps", "50"], "--resume", "--steps 50", "saved with --steps 60 --batch-size 256"),
+    (["--resume", "--batch-size", "64"], "--resume", "--batch-size 64", "saved with --steps 60 --batch-size 256"),
+    (["--resume", "--out", "elsewhere"], "--resume", "no checkpoint in elsewhere", "--stop-at"),
+    (["--out", "taken"], "--out", "'taken'", "name another"),
+    (["--out", "taken/below"], "--out", "'taken/below'", "name another"),
+]
+
+
+@pytest.mark.parametrize(("flags", "name", "value", "remedy"), WRONG, ids=[" ".join(flags) for flags, *_ in WRONG])
+def test_refuses_wrong_flags(example, flags, name, value, remedy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("a file")
+    save_progress("out/fsdp2/checkpoint", step=30)
+    with pytest.raises(SystemExit) as refusal:
+        example.parse_args(flags, processes=4)
+    assert refusal.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {name}: " in message
+    assert value in message
+    assert remedy in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "taken"]
+
+
+def save_progress(checkpoint: str, step: int) -> None:
+    Path(checkpoint).mkdir(parents=True)
+    (Path(checkpoint) / "progress.json").write_text(json.dumps({"step": step, "steps": 60, "batch_size": 256}))
+
+
+def test_refuses_an_unwritable_folder(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    with pytest.raises(SystemExit):
+        example.parse_args(["--out", str(tmp_path / "new")])
+    assert "argument --out: " in capsys.readouterr().err
+
+
+def test_resumes_from_what_a_killed_run_had_complete(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_progress("out/fsdp2/checkpoint.old", step=30)
+    Path("out/fsdp2/checkpoint.part").mkdir()
+    assert example.parse_args(["--resume"]).checkpoint == Path("out/fsdp2/checkpoint.old")
+    save_progress("out/fsdp2/checkpoint", step=40)
+    settings = example.parse_args(["--resume"])
+    assert (settings.checkpoint, settings.first) == (Path("out/fsdp2/checkpoint"), 40)
+
+
+def test_names_the_extra_that_is_missing(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit, match=r"sklearn.*pip install '\.\[demo\]'"):
+        load_example()
+
+
+@pytest.mark.parametrize("size", [4, 61, 256, 719, 1437])
+def test_an_epoch_holds_no_image_twice(example, size):
+    pieces = 1437 // size
+    batches = [example.batch_of(step, size) for step in range(pieces + 1)]
+    assert {len(batch) for batch in batches} == {size}
+    assert len(torch.cat(batches[:pieces]).unique()) == pieces * size
+    assert not torch.equal(batches[0], batches[-1])  # of the second epoch
+    assert torch.equal(batches[0], example.batch_of(0, size))
