@@ -36,6 +36,7 @@ class Bucket:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already counting this step when a backend sees them
+    updates: list[Tensor] = field(default_factory=list)  # what `accumulate` may keep for `apply`: of all rows, or none
     is_small: bool = False  # none of the rows' parameters has more than SMALL elements
     is_complex: bool = False  # the tensors' last dim holds real and imaginary parts
     process_groups: Groups = ()  # over which the sums of squares of all rows are added; none where nothing is sharded
@@ -64,8 +65,13 @@ class Bucket:
         """Do what comes once per step and before a backend's arithmetic: count the step, and centralize the gradients."""
         # The blocks of a parameter share its count.
         steps = [step for row, step in enumerate(self.steps) if row == 0 or step is not self.steps[row - 1]]
-        # As a list: given one tensor to add to all, torch reads it back.
-        torch._foreach_add_(steps, 1 if self.skip is None else [(~self.skip).to(steps[0].dtype)] * len(steps))
+        if self.skip is not None:
+            # As a list: given one tensor to add to all, torch reads it back.
+            torch._foreach_add_(steps, [(~self.skip).to(steps[0].dtype)] * len(steps))
+        elif steps[0].is_cpu and not torch.compiler.is_compiling():
+            torch._foreach_add_(steps, torch.ones(()))  # torch would make a tensor of the number once for each step count
+        else:
+            torch._foreach_add_(steps, 1)
         if self.scalars.grad_centralization:
             self.grads = [self._centralized(g) for g in self.grads]
 

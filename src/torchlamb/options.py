@@ -85,15 +85,16 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
 def check_grads(group: dict[str, Any], group_index: int) -> None:
     """Raise if the group's gradients cannot be stepped with."""
     for i, p in enumerate(group["params"]):
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             continue
-        reason = why_grad_refused(p)
+        reason = why_grad_refused(p, grad)
         if reason is not None:
             raise RuntimeError(f"{_name(group, group_index, i)} {reason}")
-        if p.grad.layout != torch.strided:
+        if grad.layout != torch.strided:
             raise RuntimeError(
                 f"Lamb does not support sparse gradients, and that of {_name(group, group_index, i)} has layout "
-                f"{p.grad.layout}; build the embedding with sparse=False"
+                f"{grad.layout}; build the embedding with sparse=False"
             )
         if group["differentiable"] and p.is_leaf and p.requires_grad:
             raise RuntimeError(

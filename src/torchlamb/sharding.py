@@ -7,6 +7,7 @@ one only once somebody else has made a DTensor. It must not know of options or o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import weakref
@@ -27,8 +28,13 @@ Cuts = list[tuple[int, int]]  # of each block: where its part of the local tenso
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether it is a DTensor, without importing what makes them."""
+    return type(tensor) is not Tensor and _is_dtensor_type(type(tensor))
+
+
+@functools.cache  # asked several times for each parameter in each step
+def _is_dtensor_type(kind: type) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and issubclass(kind, module.DTensor)
 
 
 def why_refused(param: Tensor) -> str | None:
@@ -38,20 +44,27 @@ def why_refused(param: Tensor) -> str | None:
             "is a flat parameter of FullyShardedDataParallel, in which the layers that LAMB adapts are no longer "
             "recognisable; shard the model with torch.distributed.fsdp.fully_shard instead"
         )
-    if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):  # type: ignore[attr-defined]
+    if is_dtensor(param) and _has_partial(param.placements):  # type: ignore[attr-defined]
         return f"has placements {param.placements}: a sum that is still to be added cannot be stepped; redistribute it first"  # type: ignore[attr-defined]
     return None
 
 
-def why_grad_refused(param: Tensor) -> str | None:
+@functools.cache  # placements are few, parameters many
+def _has_partial(placements: tuple[Any, ...]) -> bool:
+    return any(placement.is_partial() for placement in placements)
+
+
+def why_grad_refused(param: Tensor, grad: Tensor) -> str | None:
     """Return what is said of a gradient that does not fit how its parameter is sharded."""
-    grad = param.grad
-    if grad is None or not (is_dtensor(param) or is_dtensor(grad)):
+    if not (is_dtensor(param) or is_dtensor(grad)):
         return None
     if not is_dtensor(grad):
         return "is a DTensor and its gradient a plain tensor; make the gradient a DTensor too, with distribute_tensor"
     if not is_dtensor(param):
         return "is a plain tensor and its gradient a DTensor; take its full_tensor()"
+    have, want = grad._spec, param._spec  # type: ignore[attr-defined]
+    if have.mesh is want.mesh and have.placements == want.placements:
+        return None
     if grad.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
         return "lies on another device mesh than its gradient; redistribute the gradient"
     odd = [p for p in grad.placements if p.is_partial() and p.reduce_op not in ("sum", "avg")]  # type: ignore[attr-defined]
@@ -99,7 +112,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     shard: Any = tensor._local_tensor  # type: ignore[attr-defined]
-    waits = hasattr(shard, "trigger_wait")  # AsyncCollectiveTensor: its collective is still running
+    waits = type(shard) is not Tensor and hasattr(shard, "trigger_wait")  # AsyncCollectiveTensor: it is still on its way
     return shard.trigger_wait() if waits else shard  # type: ignore[no-any-return]
 
 
