@@ -80,7 +80,7 @@ def main() -> None:
         save(model, optimizer, middle, settings)
     train(model, optimizer, range(middle, settings.stop_at or settings.steps), settings, rank, processes)
     trained = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    dist.destroy_process_group()  # before process 0 goes on alone: for as long as that takes, no other has to wait
+    leave_processes()  # before process 0 goes on alone: for as long as that takes, no other has to wait
     if rank == 0 and settings.stop_at is None:
         compare_with_unsharded(trained, settings, device)
 
@@ -98,6 +98,13 @@ def join_processes() -> torch.device:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **alone)
     return device
+
+
+def leave_processes() -> None:
+    # While it waits here, gloo's threads let go of the last tensors. In a Python that is ending, that would abort it:
+    # github.com/pytorch/pytorch/pull/179291.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def build_model() -> nn.Sequential:
@@ -204,7 +211,7 @@ def agree_on_settings() -> Settings:
             agreed = [end.code]
     dist.broadcast_object_list(agreed)
     if not isinstance(agreed[0], Settings):
-        dist.destroy_process_group()
+        leave_processes()
         sys.exit(agreed[0])
     return agreed[0]
 

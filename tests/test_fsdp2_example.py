@@ -152,7 +152,9 @@ def test_all_processes_stop_at_a_wrong_flag(flags, message, tmp_path):
     assert done.stdout == ""
     assert done.stderr.count(message) == 1
     assert str(SCRIPT) + '", line' not in done.stderr  # torchrun shows where it failed itself, not where the example did
-    assert set(re.findall(r"exitcode +: (\S+)", done.stderr)) == {"2"}
+    codes = set(re.findall(r"exitcode +: (\S+)", done.stderr))
+    assert "2" in codes
+    assert codes <= {"2", "-15"}  # torchrun terminates the ones that it finds still about to exit
     assert list(tmp_path.iterdir()) == []
 
 

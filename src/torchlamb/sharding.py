@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,13 +29,10 @@ Cuts = list[tuple[int, int]]  # of each block: where its part of the local tenso
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether it is a DTensor, without importing what makes them."""
-    return type(tensor) is not Tensor and _is_dtensor_type(type(tensor))
-
-
-@functools.cache  # asked several times for each parameter in each step
-def _is_dtensor_type(kind: type) -> bool:
+    if type(tensor) in (Tensor, Parameter):  # asked several times for each parameter in each step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and issubclass(kind, module.DTensor)
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def why_refused(param: Tensor) -> str | None:
