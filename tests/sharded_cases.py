@@ -654,6 +654,22 @@ def sharded_parameters_may_be_replaced_by_others(world: int) -> None:
 
 
 @case(2)
+def options_may_be_changed(world: int) -> None:
+    params = random_params([((6, 4), mesh_of(world), [Shard(0)]), ((4, 3, 2, 2), mesh_of(world), [Shard(1)])])
+    twins = Twins([{"params": params}], lr=0.05)
+    for step, blocks in enumerate((1, 2, 1)):
+        for optimizer in (twins.optimizer, twins.twin):
+            optimizer.param_groups[0]["blocks"] = blocks
+        step_with_random_grads(twins, step)
+    twins.assert_same()
+    for option, value, kind in (("blocks", 5, ValueError), ("grad_centralization", True, NotImplementedError)):
+        with raises(kind, option, params):
+            twins.optimizer.param_groups[0][option] = value
+            twins.optimizer.step()
+        twins.optimizer.param_groups[0][option] = {"blocks": 1}.get(option, False)
+
+
+@case(2)
 def copies_are_sharded_too(world: int) -> None:
     params = random_params(layouts(world))
     optimizer = torchlamb.Lamb(params, lr=0.1)

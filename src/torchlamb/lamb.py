@@ -192,10 +192,9 @@ class Lamb(Optimizer):
                 backend.accumulate(bucket, rows)
                 in_two_phases.append((backend, bucket, rows))
         if plan is not None:
-            plan.add_sq_norms_(
-                [(b.indices, rows) for _, b, rows in in_two_phases if b.process_groups],
-                squares_without_grad(plan, self.param_groups),
-            )
+            tables = [(b.indices, rows) for _, b, rows in in_two_phases if b.process_groups]
+            complete = sum(len(indices) for indices, _ in tables) == plan.rows
+            plan.add_sq_norms_(tables, {} if complete else squares_without_grad(plan, self.param_groups))
         for backend, bucket, rows in in_two_phases:
             backend.apply(bucket, rows)
         return loss
@@ -370,11 +369,13 @@ class Lamb(Optimizer):
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
+        known = self._plan is not None and self._plan.fits(self.param_groups)  # checked when the plan was made
         for i, group in enumerate(self.param_groups):
             reason = why_flat(group["params"], self._began[i])
             if reason is not None:
                 raise NotImplementedError(f"group {i} {reason}")
-            check_params(group, i)
+            if not known:
+                check_params(group, i)
             check_grads(group, i)
 
     def _restore_precision(self, state_dict: StateDict) -> None:

@@ -173,11 +173,12 @@ class Plan:
     device_type: str = "cpu"  # of the meshes
     dtype: torch.dtype = torch.float32
     rows: int = 0
+    options: list[tuple[Any, ...]] = field(default_factory=list)  # of every group: those that decide what can be sharded
 
     @classmethod
     def of(cls, param_groups: Sequence[dict[str, Any]]) -> Plan:
         """Make it for these parameters."""
-        plan = cls()
+        plan = cls(options=_sharding_options(param_groups))
         for group in param_groups:
             for param in group["params"]:
                 plan._add(param, group["blocks"])
@@ -185,6 +186,8 @@ class Plan:
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether these are the parameters it was made for; wrappers replace them after construction."""
+        if _sharding_options(param_groups) != self.options:
+            return False
         params = [p for group in param_groups for p in group["params"]]
         return len(params) == len(self.entries) and all(
             entry.param() is p and entry.spec is getattr(p, "_spec", None)
@@ -277,6 +280,10 @@ class Plan:
         on_mesh = tensor.to(self.device_type, copy=True)
         torch.distributed.all_reduce(on_mesh, group=group)
         return on_mesh.to(tensor.device)
+
+
+def _sharding_options(param_groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(group["blocks"], group["grad_centralization"], group["differentiable"]) for group in param_groups]
 
 
 def _slice_or_list(places: list[int]) -> slice | list[int]:
