@@ -106,7 +106,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert [path.name for path in (tmp_path / "made" / "here").iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("processes", [0, *(pytest.param(several, marks=pytest.mark.slow) for several in (1, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 1, 3])
 def test_resumes_on_another_number_of_processes(processes, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     lines = finished(*SMALL, "--resume", processes=processes, cwd=tmp_path)
@@ -145,6 +146,7 @@ REFUSED_TOGETHER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "message"), REFUSED_TOGETHER, ids=["no-checkpoint", "fewer-images-than-processes"])
 def test_all_processes_stop_at_a_wrong_flag(flags, message, tmp_path):
     done = run(*flags, processes=2, cwd=tmp_path)

@@ -49,10 +49,10 @@ def test_the_example_stands_in_the_readme_and_trains(capsys):
     assert (rest["lr"], rest["weight_decay"], rest["grad_centralization"]) == (poly_decay_lr(0), 0.0, False)
     assert [x.name for x in optimizer.parameters] == [name for name, _ in names["net"].named_parameters()]
     exec(after, names)
-    assert optimizer.global_step == 20 * 12
+    assert optimizer.global_step == 30 * 12
     assert rest["lr"] == 0.01
     assert names["accuracy"] >= 0.95
     shown = capsys.readouterr()
     assert shown.out == f"test accuracy {names['accuracy']:.1%}\n"
-    assert "epoch 20/20: 100%" in shown.err
+    assert "epoch 30/30: 100%" in shown.err
     assert all(ratio.isfinite() for ratio in map(torch.as_tensor, optimizer.trust_ratios().values()))

@@ -67,7 +67,13 @@ def outcome(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), [(world, name) for world in WORLDS for name, (_, worlds) in CASES.items() if world in worlds]
+    ("world", "name"),
+    [
+        pytest.param(world, name, marks=[pytest.mark.slow] if world == 3 else [])
+        for world in WORLDS
+        for name, (_, worlds) in CASES.items()
+        if world in worlds
+    ],
 )
 @pytest.mark.timeout(LIMIT + 60)
 def test_sharded(world, name, outcome):
