@@ -9,7 +9,6 @@ measured is the host's work and the collectives, not the arithmetic. The contest
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import statistics
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from step_time import OPTIONS, Make, commit, import_alone, machine, version
+from step_time import OPTIONS, Make, append, commit, import_alone, machine, version
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -114,12 +113,7 @@ def report(times: dict[str, list[float]], collectives: dict[str, int], dry: bool
     for entry in [{key: key for key in shown}, *rows]:
         print("  ".join(f"{entry[key]!s:>{max(len(key), 12)}}" for key in shown))
     if not dry:
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(rows, RESULTS)
 
 
 if __name__ == "__main__":

@@ -212,13 +212,17 @@ def main() -> None:
     for entry in [{key: key for key in shown}, *rows]:
         print("  ".join(f"{entry[key]:>{max(len(key), len(str(entry[key])), 12)}}" for key in shown))
     if not args.dry:
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
-        print(f"{len(rows)} rows appended to {RESULTS}")
+        append(rows, RESULTS)
+
+
+def append(rows: list[dict[str, str]], path: Path) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows appended to {path}")
 
 
 if __name__ == "__main__":

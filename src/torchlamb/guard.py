@@ -73,9 +73,8 @@ def guard(
 def _host_may_read(skip: Tensor, work: Work, plan: Plan | None, groups: Sequence[dict[str, Any]]) -> bool:
     if groups[0]["differentiable"]:
         return True  # through a step that is selected away, autograd would pass 0 x NaN on
-    if (
-        plan is not None
-    ):  # every process must decide alike, whatever gradients it has: a step that is left early has no collective
+    if plan is not None:
+        # Every process must decide alike, whatever gradients it has: one that returns early leaves out a collective.
         return skip.is_cpu and not any(group["capturable"] for group in groups)
     return skip.is_cpu and not torch.compiler.is_compiling() and not any(bucket.on_device for _, bucket in work)
 
