@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,10 @@ def join_processes() -> torch.device:
 
 
 def leave_processes() -> None:
-    # While it waits here, gloo's threads let go of the last tensors. In a Python that is ending, that would abort it:
-    # github.com/pytorch/pytorch/pull/179291.
     dist.barrier()
+    # gloo's threads need the interpreter to let go of the last tensors. It is free while this sleeps; one that is ending would
+    # abort the process instead: github.com/pytorch/pytorch/pull/179291.
+    time.sleep(0.2)
     dist.destroy_process_group()
 
 

@@ -122,27 +122,37 @@ class Bucket:
 
 def sort_into_buckets(
     scalars: Scalars,
-    tensors: Sequence[Sequence[Tensor]],  # per parameter: param, grad, exp_avg, exp_avg_sq, step; local shards
-    indices: Sequence[int],
+    columns: Sequence[Sequence[Tensor]],  # params, grads, exp_avgs, exp_avg_sqs, steps; local shards
+    indices: Sequence[int],  # positions of the parameters in the optimizer
     blocks: int,
     plan: Plan | None,  # how the parameters are sharded; None where nothing is
 ) -> list[Bucket]:
     """Return the parameters of one group in buckets of one device, size class, set of dtypes and of process groups."""
     buckets: dict[tuple[object, ...], Bucket] = {}
-    for index, (param, grad, exp_avg, exp_avg_sq, step) in zip(indices, tensors, strict=True):
-        groups, cuts = (plan.groups_of(index), plan.cuts_of(index)) if plan is not None else ((), None)
-        small = is_small(param)
-        key = (param.device, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, step.device, groups, small)
+    for index, param, grad, exp_avg, exp_avg_sq, step in zip(indices, *columns, strict=True):
+        groups = plan.groups_of(index) if plan is not None else ()
+        device = param.device
+        small = param.numel() <= SMALL and device.type == "cpu"
+        key = (small, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, device, step.device, groups)
         bucket = buckets.get(key)
         if bucket is None:
             sign = -1.0 if scalars.maximize else 1.0
             bucket = buckets[key] = Bucket(
-                scalars.on(param.device),
+                scalars.on(device),
                 is_small=small,
                 is_complex=param.is_complex(),
                 process_groups=groups,
                 grad_factor=sign,
             )
+        if blocks == 1 and not bucket.is_complex:
+            bucket.params.append(param)
+            bucket.grads.append(grad)
+            bucket.exp_avgs.append(exp_avg)
+            bucket.exp_avg_sqs.append(exp_avg_sq)
+            bucket.steps.append(step)
+            bucket.indices.append(index)
+            continue
+        cuts = plan.cuts_of(index) if plan is not None else None
         bucket.params += cut(param, blocks, cuts)
         bucket.grads += cut(grad, blocks, cuts)
         bucket.exp_avgs += cut(exp_avg, blocks, cuts)

@@ -317,8 +317,7 @@ class Lamb(Optimizer):
             make_local_([columns for _, _, columns in filled])
         work: Work = []
         for group, indices, columns in filled:
-            rows = list(zip(*columns, strict=True))
-            for bucket in sort_into_buckets(Scalars.from_group(group), rows, indices, group["blocks"], plan):
+            for bucket in sort_into_buckets(Scalars.from_group(group), columns, indices, group["blocks"], plan):
                 bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
                 work.append((resolve(group, bucket.device, bucket.is_small)[0], bucket))
         return work, plan
@@ -343,20 +342,21 @@ class Lamb(Optimizer):
         """Fill five empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
         if group is self.param_groups[0]:
             self._check_step()
+        on_device = _counts_on_device(group)
         for p in group["params"]:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
             state = self.state[p]
-            step_device = _step_device(group, p)
             if not state:
                 dtype = torch.promote_types(p.dtype, torch.float32)
-                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            elif state["step"].device != step_device and step_device.type != "cpu":  # never back: it may be compiled for
-                state["step"] = state["step"].to(step_device)
+            elif on_device and state["step"].device != p.device:  # never back: it may be compiled for
+                state["step"] = state["step"].to(p.device)
             params.append(p)
-            grads.append(p.grad)
+            grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             exp_avg_sqs.append(state["exp_avg_sq"])
             steps.append(state["step"])
@@ -385,7 +385,7 @@ class Lamb(Optimizer):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if name == "step":
                         step = torch.as_tensor(value, dtype=torch.float32)
-                        self.state[p][name] = step.to(_step_device(group, p))
+                        self.state[p][name] = step.to(p.device if _counts_on_device(group) else "cpu")
                     elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
                         self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32))
 
@@ -399,7 +399,6 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
-def _step_device(group: dict[str, Any], param: Tensor) -> torch.device:
-    # On the host, as in torch, unless only the device knows whether a step was taken.
-    on_device = group["capturable"] or group["fused"] or is_guarded(group)
-    return param.device if on_device else torch.device("cpu")
+def _counts_on_device(group: dict[str, Any]) -> bool:
+    # Steps are counted on the host, as in torch, unless only the device knows whether a step was taken.
+    return group["capturable"] or group["fused"] or is_guarded(group)

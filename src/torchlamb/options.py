@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamb.sharding import is_dtensor, shards_other_dim_than_0, why_grad_refused, why_refused
+from torchlamb.sharding import is_dtensor, is_plain, shards_other_dim_than_0, why_grad_refused, why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
 _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
@@ -88,7 +88,7 @@ def check_grads(group: dict[str, Any], group_index: int) -> None:
         grad = p.grad
         if grad is None:
             continue
-        reason = why_grad_refused(p, grad)
+        reason = None if is_plain(p) and is_plain(grad) else why_grad_refused(p, grad)
         if reason is not None:
             raise RuntimeError(f"{_name(group, group_index, i)} {reason}")
         if grad.layout != torch.strided:

@@ -27,9 +27,14 @@ Groups = tuple["ProcessGroup", ...]
 Cuts = list[tuple[int, int]]  # of each block: where its part of the local tensor begins in dim 0, and how long it is
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether it is of no subclass: the quickest question, for what is asked of each parameter in each step."""
+    return type(tensor) is Tensor or type(tensor) is Parameter
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether it is a DTensor, without importing what makes them."""
-    if type(tensor) in (Tensor, Parameter):  # asked several times for each parameter in each step
+    if is_plain(tensor):
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -54,11 +59,12 @@ def _has_partial(placements: tuple[Any, ...]) -> bool:
 
 def why_grad_refused(param: Tensor, grad: Tensor) -> str | None:
     """Return what is said of a gradient that does not fit how its parameter is sharded."""
-    if not (is_dtensor(param) or is_dtensor(grad)):
+    param_is_dtensor, grad_is_dtensor = is_dtensor(param), is_dtensor(grad)
+    if not (param_is_dtensor or grad_is_dtensor):
         return None
-    if not is_dtensor(grad):
+    if not grad_is_dtensor:
         return "is a DTensor and its gradient a plain tensor; make the gradient a DTensor too, with distribute_tensor"
-    if not is_dtensor(param):
+    if not param_is_dtensor:
         return "is a plain tensor and its gradient a DTensor; take its full_tensor()"
     have, want = grad._spec, param._spec  # type: ignore[attr-defined]
     if have.mesh is want.mesh and have.placements == want.placements:
@@ -110,8 +116,9 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     shard: Any = tensor._local_tensor  # type: ignore[attr-defined]
-    waits = type(shard) is not Tensor and hasattr(shard, "trigger_wait")  # AsyncCollectiveTensor: it is still on its way
-    return shard.trigger_wait() if waits else shard  # type: ignore[no-any-return]
+    if type(shard) is Tensor:
+        return shard
+    return shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard  # AsyncCollectiveTensor: still on its way
 
 
 def make_local_(columns_of_groups: Sequence[list[list[Tensor]]]) -> None:
@@ -134,7 +141,7 @@ def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tenso
     placements: dict[int, list[Any]] = {}  # of the gradients that do not lie as their parameters do
     partial: dict[ProcessGroup, list[tuple[int, str]]] = {}
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        if not is_plain(grad) and _lie_apart(param, grad):
             placements[i] = list(grad.placements)  # type: ignore[attr-defined]
             for dim, placement in enumerate(grad.placements):  # type: ignore[attr-defined]
                 if placement.is_partial():
@@ -146,6 +153,10 @@ def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tenso
         if tuple(now) != params[i].placements:  # type: ignore[attr-defined]
             shards[i] = local(_as_dtensor(shards[i], grads[i], now).redistribute(placements=params[i].placements))  # type: ignore[attr-defined]
     return shards
+
+
+def _lie_apart(param: Any, grad: Any) -> bool:
+    return is_dtensor(param) and grad._spec is not param._spec and grad._spec.placements != param._spec.placements
 
 
 @dataclass
