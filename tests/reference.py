@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+Store = Callable[[str, int, int, Array], Array]
 
 
 class Reference:
-    """Real and complex arrays, stepped one by one. `options` holds, per parameter, the keyword arguments of `Lamb`."""
+    """Real and complex arrays, stepped one by one. `options` holds, per parameter, the keyword arguments of `Lamb`.
 
-    def __init__(
-        self, params: list[Array], options: list[dict[str, Any]], store: Callable[[Array], Array] = lambda w: w
-    ) -> None:
+    `store(name, i, t, array)` returns what is stored of parameter i's "param", "exp_avg" or "exp_avg_sq" at its step t.
+    """
+
+    def __init__(self, params: list[Array], options: list[dict[str, Any]], store: Store = lambda *args: args[-1]) -> None:
         self.params = [_real(p) for p in params]
         self.options = options
-        self.store = store  # how a parameter is rounded when it is written
+        self.store = store
         self.step_counts = [0] * len(params)
         self.exp_avgs, self.exp_avg_sqs = ([np.zeros_like(p) for p in self.params] for _ in range(2))
         self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
@@ -50,6 +52,7 @@ class Reference:
         (beta1, beta2), t, w = o["betas"], self.step_counts[i] + 1, self.params[i]
         m = beta1 * self.exp_avgs[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * g
         v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
+        m, v = self.store("exp_avg", i, t, m), self.store("exp_avg_sq", i, t, v)
         m_hat = m / (1 - beta1**t) if o["bias_correction"] else m
         v_hat = v / (1 - beta2**t) if o["bias_correction"] else v
         direction = m_hat / (np.sqrt(v_hat) + o["eps"])
@@ -60,7 +63,7 @@ class Reference:
             new[block] = w[block] - o["lr"] * ratio * u[block]
             parts = np.abs(direction[block]) + o["weight_decay"] * np.abs(w[block])
             self.ratios[i].append((ratio, float(np.linalg.norm(parts) / (np.linalg.norm(u[block]) or 1.0))))
-        new = self.store(new)
+        new = self.store("param", i, t, new)
         self.paths[i] += np.abs(new - w)
         self.walked[i] += np.abs(w)
         self.largest[i] = np.maximum(self.largest[i], np.abs(new))

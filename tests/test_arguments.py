@@ -38,8 +38,8 @@ INVALID = [
     ("grad_centralization", 0, TypeError),
     ("max_grad_norm", 0.0, ValueError), ("max_grad_norm", math.inf, ValueError), ("max_grad_norm", "1", TypeError),
     ("skip_nonfinite", None, TypeError),
-    ("master_weights", True, NotImplementedError), ("stochastic_rounding", True, NotImplementedError),
-    ("state_dtype", torch.bfloat16, NotImplementedError), ("state_dtype", "bf16", TypeError),
+    ("master_weights", 1, TypeError), ("stochastic_rounding", None, TypeError),
+    ("state_dtype", "bf16", TypeError), ("state_dtype", torch.float16, ValueError), ("state_dtype", torch.float64, ValueError),
     ("maximize", 1, TypeError), ("foreach", 1, TypeError), ("fused", "yes", TypeError), ("fused", True, RuntimeError),
     ("capturable", None, TypeError), ("differentiable", 1, TypeError),
 ]  # fmt: skip
@@ -238,15 +238,39 @@ def test_step_under_graph_capture_needs_capturable(monkeypatch):
     torchlamb.Lamb([p], capturable=True).step()
 
 
-def run_three_steps(poison: float | None = None, **options):
+def test_what_is_stored_must_fit_the_parameters():
+    half, bf16 = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16))
+    with pytest.raises(ValueError, match="exclude each other"):
+        torchlamb.Lamb([bf16], master_weights=True, stochastic_rounding=True)
+    with pytest.raises(TypeError, match=r"'scale' has dtype torch.float16; use master_weights"):
+        torchlamb.Lamb([("scale", half)], stochastic_rounding=True)
+    with pytest.raises(TypeError, match=r"state_dtype.*parameter 0 of group 0 has dtype torch.complex64"):
+        torchlamb.Lamb([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))], state_dtype=torch.bfloat16)
+    for name, value in {"master_weights": True, "stochastic_rounding": True, "state_dtype": torch.float32}.items():
+        with pytest.raises(ValueError, match=f"{name}=.*differentiable=True"):
+            torchlamb.Lamb([bf16], differentiable=True, **{name: value})
+    # A model may mix what is rounded with what is not.
+    torchlamb.Lamb([bf16, parameter(2)], stochastic_rounding=True)
+    torchlamb.Lamb([half, bf16, parameter(2)], master_weights=True, state_dtype=torch.bfloat16)
+    # Checked again when it is changed later, before anything else changes.
+    optimizer = torchlamb.Lamb([half])
+    half.grad = torch.ones_like(half)
+    optimizer.param_groups[0]["stochastic_rounding"] = True
+    with pytest.raises(TypeError, match="use master_weights"):
+        optimizer.step()
+    assert torch.equal(half, torch.ones_like(half))
+    assert not optimizer.state
+
+
+def run_three_steps(poison: float | None = None, dtype: torch.dtype = torch.float32, **options):
     torch.manual_seed(0)
-    p = torch.randn(4, 3, 2).requires_grad_()
+    p = torch.randn(4, 3, 2).to(dtype).requires_grad_()
     if options.get("differentiable"):
         p = p.clone()
     # Without decay the ratio cancels what grad_averaging=False changes: a factor of the whole update.
     optimizer = torchlamb.Lamb([p], **{"weight_decay": 0.01, **options})
     for step in range(3):
-        p.grad = torch.randn(4, 3, 2) + 1
+        p.grad = (torch.randn(4, 3, 2) + 1).to(dtype)
         if step == 2 and poison is not None:
             p.grad[0] = poison
         optimizer.step()
@@ -270,8 +294,12 @@ def test_every_knob_turns_something():
     assert run_three_steps(poison=math.nan, skip_nonfinite=True)[0].isfinite().all()
     assert reads_back(capturable=False)
     assert not reads_back(capturable=True)
-    refused = {"master_weights", "stochastic_rounding", "state_dtype", "fused"}  # in INVALID
+    low = run_three_steps(dtype=torch.bfloat16, lr=0.05)[0]
+    for storage in ({"master_weights": True}, {"stochastic_rounding": True}, {"state_dtype": torch.bfloat16}):
+        assert not torch.equal(run_three_steps(dtype=torch.bfloat16, lr=0.05, **storage)[0], low), storage
+    refused = {"fused"}  # in INVALID
     turned = {*values, "foreach", "differentiable", "skip_nonfinite", "capturable"}
+    turned |= {"master_weights", "stochastic_rounding", "state_dtype"}
     assert turned | refused == DEFAULTS.keys()
     assert refused <= {name for name, _, _ in INVALID}
 

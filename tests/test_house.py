@@ -23,12 +23,13 @@ MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).remove
 
 # A module may import those on the lines above its own. `backends` is the protocol, above its two implementations.
 ORDER = [
-    ["torchlamb.rule"],
+    ["torchlamb.rule", "torchlamb.rounding"],
     ["torchlamb.sharding"],
     ["torchlamb.options", "torchlamb.bucket"],
     ["torchlamb.backends.single", "torchlamb.backends.foreach"],
     ["torchlamb.backends"],
     ["torchlamb.guard"],
+    ["torchlamb.state"],
     ["torchlamb.lamb"],
     ["torchlamb.groups", "torchlamb.testing"],
     ["torchlamb"],

@@ -42,8 +42,8 @@ def to_numpy(t: Tensor) -> np.ndarray:
     return t.detach().to(torch.promote_types(t.dtype, torch.float64)).numpy()
 
 
-def rounding_to(dtype: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda a: torch.from_numpy(a).to(dtype).double().numpy()
+def params_in(dtype: torch.dtype) -> Callable[[str, int, int, np.ndarray], np.ndarray]:
+    return lambda name, _i, _t, a: torch.from_numpy(a).to(dtype).double().numpy() if name == "param" else a
 
 
 def real(t: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def run(
     reference = Reference(
         [to_numpy(p) for p in params.values()],
         [reference_options] * len(params),
-        store=rounding_to(dtype) if dtype in LOW_PRECISION else lambda w: w,
+        **({"store": params_in(dtype)} if dtype in LOW_PRECISION else {}),
     )
     optimizer = torchlamb.Lamb(params.items(), **{**options, **case.options})
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Which parameters step together, and in which pieces their memory is walked.
+"""Which parameters step together, in which pieces their memory is walked, and how what is stored is read and written.
 
 A `Bucket` holds the tensors of one group that share a device and their dtypes, ready for arithmetic: complex tensors as real
 pairs, parameters with `blocks=n` as n rows. Backends see buckets and nothing above them.
@@ -7,14 +7,15 @@ pairs, parameters with `blocks=n` as n rows. Backends see buckets and nothing ab
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchlamb import rule
+from torchlamb import rounding, rule
+from torchlamb.rounding import Place
 from torchlamb.rule import Scalars
 from torchlamb.sharding import Cuts, Groups, Plan, local
 
@@ -36,6 +37,11 @@ class Bucket:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already counting this step when a backend sees them
+    masters: list[Tensor] = field(
+        default_factory=list
+    )  # float32, of all rows or none: what low-precision params are rounded from
+    seeds: list[Tensor] = field(default_factory=list)  # 0-dim int64, of all rows or none: of what is rounded stochastically
+    places: list[Place] = field(default_factory=list)  # where the rows with a seed lie in the whole tensors
     updates: list[Tensor] = field(default_factory=list)  # what `accumulate` may keep for `apply`: of all rows, or none
     is_small: bool = False  # none of the rows' parameters has more than SMALL elements
     is_complex: bool = False  # the tensors' last dim holds real and imaginary parts
@@ -94,6 +100,46 @@ class Bucket:
         grad = cast(grad, self.dtype)
         return grad if isinstance(self.grad_factor, float) and self.grad_factor == 1.0 else grad * self.grad_factor
 
+    def pieces(self, row: int) -> Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+        """Cut a row's param, grad, exp_avg, exp_avg_sq and master, if it has one, as the function `pieces` does."""
+        row_of = (self.params[row], self.grads[row], self.exp_avgs[row], self.exp_avg_sqs[row])
+        if not self.masters:
+            return [(p, g, m, v, None) for p, g, m, v in pieces(*row_of)]
+        return [(p, g, m, v, master) for p, g, m, v, master in pieces(*row_of, self.masters[row])]
+
+    def weights(self) -> list[Tensor]:
+        """Return the parameters as arithmetic takes them: see the function `weight`."""
+        if not self.masters:
+            return [cast(p, self.dtype) for p in self.params]
+        return [weight(p, m, self.dtype) for p, m in zip(self.params, self.masters, strict=True)]
+
+    def to_param(self, new: Tensor, row: int, number: int = 0) -> Tensor:
+        """Return new values of a row, or of its piece of that number, in the dtype and with the rounding of the parameter."""
+        dtype = self.params[row].dtype
+        if dtype != torch.bfloat16 or self.masters or not self.scalars.stochastic_rounding:
+            return cast(new, dtype)
+        return rounding.to_bfloat16(new, rounding.param_bits(self._random_bits(new, row, number)))
+
+    def to_exp_avg_sq(self, new: Tensor, row: int, number: int = 0) -> Tensor:
+        """Return new second moments of a row, or of its piece of that number, as they are stored."""
+        dtype = self.exp_avg_sqs[row].dtype
+        if dtype != torch.bfloat16:
+            return cast(new, dtype)
+        # To nearest, a moment that changes by a thousandth of itself would never change: half a unit of bfloat16 is more.
+        return rounding.to_bfloat16(new, rounding.exp_avg_sq_bits(self._random_bits(new, row, number)))
+
+    def _random_bits(self, piece: Tensor, row: int, number: int) -> Tensor:
+        param, seed, step = self.params[row], self.seeds[row], self.steps[row]
+        on_host = seed.is_cpu and not self.on_device
+        keys = rounding.keys(int(seed), int(step)) if on_host else rounding.keys(seed, step.to(torch.int64))
+        runs = self.places[row].runs(param)
+        if piece.shape != param.shape:
+            first = number * piece_size()
+            return rounding.random_bits(runs.indices(first, first + piece.numel(), piece.device), keys)
+        order = rounding.memory_order(param)
+        indices = runs.indices(0, param.numel(), piece.device).view([param.shape[dim] for dim in order])
+        return rounding.random_bits(indices.permute([order.index(dim) for dim in range(param.dim())]), keys)
+
     def _centralized(self, grad: Tensor) -> Tensor:
         dims = grad.dim() - self.is_complex
         return rule.centralize(cast(grad, self.dtype), dims) if dims >= 3 else grad
@@ -117,23 +163,29 @@ class Bucket:
             exp_avgs=self.exp_avgs[rows],
             exp_avg_sqs=self.exp_avg_sqs[rows],
             steps=self.steps[rows],
+            masters=self.masters[rows],
+            seeds=self.seeds[rows],
+            places=self.places[rows],
         )
 
 
 def sort_into_buckets(
     scalars: Scalars,
-    columns: Sequence[Sequence[Tensor]],  # params, grads, exp_avgs, exp_avg_sqs, steps; local shards
+    columns: Sequence[Sequence[Any]],  # params, grads, exp_avgs, exp_avg_sqs, steps, masters, seeds; None or local shards
     indices: Sequence[int],  # positions of the parameters in the optimizer
     blocks: int,
     plan: Plan | None,  # how the parameters are sharded; None where nothing is
 ) -> list[Bucket]:
     """Return the parameters of one group in buckets of one device, size class, set of dtypes and of process groups."""
     buckets: dict[tuple[object, ...], Bucket] = {}
-    for index, param, grad, exp_avg, exp_avg_sq, step in zip(indices, *columns, strict=True):
+    for index, param, grad, exp_avg, exp_avg_sq, step, master, seed in zip(indices, *columns, strict=True):
         groups = plan.groups_of(index) if plan is not None else ()
         device = param.device
         small = param.numel() <= SMALL and device.type == "cpu"
-        key = (small, param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype, device, step.device, groups)
+        key = (
+            *(small, device, step.device, groups, master is None, seed is None),
+            *(param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype),
+        )
         bucket = buckets.get(key)
         if bucket is None:
             sign = -1.0 if scalars.maximize else 1.0
@@ -151,6 +203,11 @@ def sort_into_buckets(
             bucket.exp_avg_sqs.append(exp_avg_sq)
             bucket.steps.append(step)
             bucket.indices.append(index)
+            if master is not None:
+                bucket.masters.append(master)
+            if seed is not None:
+                bucket.seeds.append(seed)
+                bucket.places.append(Place.of_whole(param) if plan is None else plan.place_of(index, param))
             continue
         cuts = plan.cuts_of(index) if plan is not None else None
         bucket.params += cut(param, blocks, cuts)
@@ -159,10 +216,18 @@ def sort_into_buckets(
         bucket.exp_avg_sqs += cut(exp_avg_sq, blocks, cuts)
         bucket.steps += [step] * blocks
         bucket.indices += [index] * blocks
+        if master is not None:
+            bucket.masters += cut(master, blocks, cuts)
+        if seed is not None:
+            place = Place.of_whole(param) if plan is None else plan.place_of(index, param)
+            bucket.seeds += [seed] * blocks
+            bucket.places += [place.narrow(*part) for part in _parts(param, blocks, cuts)]
     return list(buckets.values())
 
 
-def squares_without_grad(plan: Plan, groups: Sequence[dict[str, Any]]) -> dict[int, Tensor]:
+def squares_without_grad(
+    plan: Plan, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]
+) -> dict[int, Tensor]:
     """Return, by position, the sums of squares (blocks,) over the local shards of sharded parameters that have no gradient.
 
     Frozen parameters are left out: no process has a gradient of them.
@@ -172,9 +237,20 @@ def squares_without_grad(plan: Plan, groups: Sequence[dict[str, Any]]) -> dict[i
     for index, (p, blocks) in enumerate(params):
         if p.grad is None and p.requires_grad and plan.groups_of(index):
             dtype = torch.promote_types(p.dtype, torch.float32).to_real()
-            shards = cut(local(p.detach()), blocks, plan.cuts_of(index))
+            shard, master = local(p.detach()), state[p].get("master") if p in state else None
+            shards = cut(shard if master is None else weight(shard, local(master), dtype), blocks, plan.cuts_of(index))
             sums[index] = torch.stack([rule.sum_of_squares([cast(x, dtype) for (x,) in pieces(shard)]) for shard in shards])
     return sums
+
+
+def weight(param: Tensor, master: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a parameter as arithmetic takes it: its master in float32, if it has one, else itself in that dtype.
+
+    Elements that are no longer what their master was rounded to have been changed from outside, and count themselves.
+    """
+    if master is None:
+        return cast(param, dtype)
+    return torch.where(param == master.to(param.dtype), master, param.to(master.dtype))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,7 +274,7 @@ def pieces(*tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     first = tensors[0]
     if not first.is_cpu or first.numel() <= piece_size():
         return [tensors]
-    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    order = rounding.memory_order(first)
     in_order = [t.permute(order) for t in tensors]
     if not all(t.is_contiguous() for t in in_order):
         return [tensors]
@@ -215,8 +291,10 @@ def cut(tensor: Tensor, blocks: int, cuts: Cuts | None) -> list[Tensor]:
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if blocks == 1:
         return [real]
-    if cuts is None:
-        size = real.shape[0] // blocks
-        cuts = [(i * size, size) for i in range(blocks)]
     # `narrow` and not `chunk`: autograd forbids writing to one of several views of a single call.
-    return [real.narrow(0, start, length) for start, length in cuts]
+    return [real.narrow(0, start, length) for start, length in _parts(tensor, blocks, cuts)]
+
+
+def _parts(tensor: Tensor, blocks: int, cuts: Cuts | None) -> Cuts:
+    size = tensor.shape[0] // blocks
+    return cuts or [(i * size, size) for i in range(blocks)]

@@ -6,6 +6,7 @@ rule to `torchlamb.rule`. It must not know how any backend computes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any
@@ -21,6 +22,7 @@ from torchlamb.guard import guard, is_guarded
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
 from torchlamb.sharding import Plan, check_guard_is_global, is_dtensor, make_local_, why_flat
+from torchlamb.state import adopt, fill_, keeps_master, keeps_seed, restore_
 
 
 class _LastStep:
@@ -64,10 +66,14 @@ class Lamb(Optimizer):
             never (default: None)
         skip_nonfinite: skip a step whose gradients are not all finite, or whose sum of squares overflows float32: parameters,
             moments and step counts stay (default: False)
-        master_weights: not available in this version
-        stochastic_rounding: not available in this version
-        state_dtype: not available in this version: moments are float32 for bf16 and fp16 parameters, the parameter's own dtype
-            otherwise
+        master_weights: keep a float32 master of each bf16 and fp16 parameter in the state: norms, update and the next value are
+            those of the master, and the parameter is the master rounded. Elements that were changed from outside count
+            themselves, so that a stale master never overwrites them (default: False)
+        stochastic_rounding: round bf16 parameters up or down at random, on average to what they should be; to nearest, changes
+            of less than 0.2 to 0.4 % of an element are lost. Not together with `master_weights` (default: False)
+        state_dtype: of the moments; None for float32 where parameters are bf16 or fp16 and the parameter's own otherwise.
+            torch.bfloat16 halves them: `exp_avg` is rounded to nearest, `exp_avg_sq` stochastically. torch.float32 is the third
+            that can be given (default: None)
         maximize: maximize the objective (default: False)
         foreach: True for torch's multi-tensor operations, False for one tensor after the other. None chooses by device, and on
             CPUs by size; `repr` says what is in use and why (default: None)
@@ -81,13 +87,16 @@ class Lamb(Optimizer):
     Parameters may be DTensors, sharded in any way: the result is that of whole tensors, and every process of their meshes must
     call `step()`.
 
-    State per parameter: `step` (0-dim float32), `exp_avg` and `exp_avg_sq` (the parameter's shape).
+    State per parameter: `step` (0-dim float32), `exp_avg` and `exp_avg_sq` (the parameter's shape); with `master_weights`,
+    `master` (the parameter's shape, float32); where something is rounded stochastically, `seed` (0-dim int64). Seeds follow
+    from the parameters' positions in the optimizer: the same run rounds the same way.
 
     Raises:
-        TypeError: an argument of a wrong type
-        ValueError: an argument out of range, a parameter that `blocks` does not divide, groups that differ where they must not
+        TypeError: an argument of a wrong type, or an option that a parameter's dtype does not allow
+        ValueError: an argument out of range, a parameter that `blocks` does not divide, groups that differ where they must not,
+            options that exclude each other
         RuntimeError: an implementation was asked for that cannot be had
-        NotImplementedError: an option that is not available yet, or a parameter whose shards cannot be stepped exactly
+        NotImplementedError: a parameter whose shards cannot be stepped exactly
 
     Example:
         >>> import torch, torchlamb
@@ -194,7 +203,7 @@ class Lamb(Optimizer):
         if plan is not None:
             tables = [(b.indices, rows) for _, b, rows in in_two_phases if b.process_groups]
             complete = sum(len(indices) for indices, _ in tables) == plan.rows
-            plan.add_sq_norms_(tables, {} if complete else squares_without_grad(plan, self.param_groups))
+            plan.add_sq_norms_(tables, {} if complete else squares_without_grad(plan, self.param_groups, self.state))
         for backend, bucket, rows in in_two_phases:
             backend.apply(bucket, rows)
         return loss
@@ -252,17 +261,27 @@ class Lamb(Optimizer):
         torch casts all state to the parameter's dtype, which rounds float32 moments of bf16 parameters away. Hooks run as in
         torch; a post hook already sees the moments in their own precision.
 
+        Options are taken from the dict, as in torch, except for how this optimizer stores things: where its `master_weights`,
+        `stochastic_rounding` or `state_dtype` are not at their defaults, it keeps them, and moments are cast to what it stores.
+        A master that the dict does not have is made of the parameter at the next step; one that this optimizer does not keep is
+        dropped.
+
         Raises:
             ValueError: groups or their sizes differ; nothing has changed then
         """
         loaded: list[StateDict] = []
 
-        def last_pre_hook(_: Optimizer, state_dict: StateDict) -> None:
-            check_alike([self._checked_options(group) for group in state_dict["param_groups"]], self.defaults)
-            loaded.append(state_dict)
+        def last_pre_hook(_: Optimizer, state_dict: StateDict) -> StateDict:
+            saved = state_dict["param_groups"]
+            if len(saved) == len(self.param_groups):  # else torch says so
+                saved = [adopt(*groups) for groups in zip(saved, self.param_groups, strict=True)]
+            check_alike([self._checked_options(group) for group in saved], self.defaults)
+            loaded.append({**state_dict, "param_groups": saved})
+            return loaded[-1]
 
         def first_post_hook(_: Optimizer) -> None:
-            self._restore_precision(loaded[-1])
+            for saved_group, group in zip(loaded[-1]["param_groups"], self.param_groups, strict=True):
+                restore_(self.state, loaded[-1]["state"], group, saved_group)
 
         handles = [
             self.register_load_state_dict_pre_hook(last_pre_hook),
@@ -307,9 +326,9 @@ class Lamb(Optimizer):
         filled = []
         start = 0
         for group in self.param_groups:
-            columns: list[list[Tensor]] = [[], [], [], [], []]
-            params, grads, exp_avgs, exp_avg_sqs, steps = columns
-            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps)
+            columns: list[list[Any]] = [[], [], [], [], [], [], []]
+            params, grads, exp_avgs, exp_avg_sqs, steps, masters, seeds = columns
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps, masters, seeds)
             filled.append((group, [start + i for i, p in enumerate(group["params"]) if p.grad is not None], columns))
             start += len(group["params"])
         plan = self._current_plan()
@@ -338,28 +357,26 @@ class Lamb(Optimizer):
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
         steps: list[Tensor],
+        masters: list[Tensor | None],
+        seeds: list[Tensor | None],
     ) -> bool:
-        """Fill five empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
+        """Fill seven empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
         if group is self.param_groups[0]:
             self._check_step()
-        on_device = _counts_on_device(group)
-        for p in group["params"]:
+        first = sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
+        for i, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
                 continue
             state = self.state[p]
-            if not state:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            elif on_device and state["step"].device != p.device:  # never back: it may be compiled for
-                state["step"] = state["step"].to(p.device)
+            fill_(state, group, p, first + i)
             params.append(p)
             grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             exp_avg_sqs.append(state["exp_avg_sq"])
             steps.append(state["step"])
+            masters.append(state["master"] if keeps_master(group, p) else None)
+            seeds.append(state["seed"] if keeps_seed(group, p) else None)
         return False
 
     def _check_step(self) -> None:
@@ -378,17 +395,6 @@ class Lamb(Optimizer):
                 check_params(group, i)
             check_grads(group, i)
 
-    def _restore_precision(self, state_dict: StateDict) -> None:
-        """Put back, from the dict that was loaded, what torch's cast to the parameter's dtype rounded."""
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, p in zip(saved_group["params"], group["params"], strict=True):
-                for name, value in state_dict["state"].get(key, {}).items():
-                    if name == "step":
-                        step = torch.as_tensor(value, dtype=torch.float32)
-                        self.state[p][name] = step.to(p.device if _counts_on_device(group) else "cpu")
-                    elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                        self.state[p][name] = value.to(p.device, torch.promote_types(p.dtype, torch.float32))
-
 
 def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:
     return len(params), params[0].dim() if params else 0
@@ -397,8 +403,3 @@ def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:
 def is_capturing() -> bool:
     """Return whether what is launched now is recorded in a graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-
-
-def _counts_on_device(group: dict[str, Any]) -> bool:
-    # Steps are counted on the host, as in torch, unless only the device knows whether a step was taken.
-    return group["capturable"] or group["fused"] or is_guarded(group)

@@ -19,7 +19,8 @@ from torchlamb.sharding import is_dtensor, is_plain, shards_other_dim_than_0, wh
 # One guard decides for the whole step, and autograd sees all of it or nothing.
 _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
 
-_UNBUILT = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None}
+# How a run stores things is its own affair; all other options of a checkpoint are taken over.
+STORAGE = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None}
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:
@@ -29,12 +30,19 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
         TypeError: a value of a wrong type
         ValueError: a value out of range, or two that contradict each other
         RuntimeError: an implementation was asked for that cannot be had
-        NotImplementedError: an option that this version does not have yet
     """
     plain = {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
-    for name, default in _UNBUILT.items():
-        if plain[name] != default:
-            raise NotImplementedError(f"{name}={plain[name]!r} is not available in this version; leave it at {default}")
+    if plain["master_weights"] and plain["stochastic_rounding"]:
+        raise ValueError(
+            "master_weights=True and stochastic_rounding=True exclude each other: what has a float32 master is rounded from it "
+            "to nearest; set one of them"
+        )
+    if plain["differentiable"]:
+        for name, default in STORAGE.items():
+            if plain[name] != default:
+                raise ValueError(
+                    f"{name}={plain[name]!r} cannot be differentiated; with differentiable=True leave it at {default}"
+                )
     if plain["fused"]:
         raise RuntimeError("fused=True: this version has no fused kernels; leave fused=None, or set foreach=True")
     if plain["differentiable"] and plain["foreach"]:
@@ -80,6 +88,14 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         if param.is_floating_point() and param.dtype.itemsize < 2:
             name = _name(group, group_index, i)
             raise TypeError(f"{name} has dtype {param.dtype}, which cannot be stepped; give Lamb parameters of 16 bits or more")
+        if group["stochastic_rounding"] and param.dtype == torch.float16:
+            name = _name(group, group_index, i)
+            raise TypeError(f"stochastic_rounding rounds to bfloat16, and {name} has dtype {param.dtype}; use master_weights")
+        if group["state_dtype"] is torch.bfloat16 and param.is_complex():
+            name = _name(group, group_index, i)
+            raise TypeError(
+                f"state_dtype=torch.bfloat16 has no complex numbers, and {name} has dtype {param.dtype}; leave it at None"
+            )
 
 
 def check_grads(group: dict[str, Any], group_index: int) -> None:
@@ -177,8 +193,12 @@ def _max_grad_norm(name: str, value: Any) -> float | None:
 
 
 def _state_dtype(name: str, value: Any) -> torch.dtype | None:
+    wanted = "None, torch.float32 or torch.bfloat16"
     if value is not None and not isinstance(value, torch.dtype):
-        raise fail(TypeError, name, "None or a torch.dtype", value)
+        raise fail(TypeError, name, wanted, value)
+    if value not in (None, torch.float32, torch.bfloat16):
+        # A squared gradient of 1e-4 is below what float16 has.
+        raise fail(ValueError, name, wanted, value)
     return value
 
 

@@ -36,6 +36,7 @@ class Scalars:
     grad_averaging: bool
     grad_centralization: bool
     maximize: bool
+    stochastic_rounding: bool
     phi_bounds: tuple[float, float] | None
     trust_ratio_bounds: tuple[float, float] | None
 
@@ -54,6 +55,7 @@ class Scalars:
             grad_averaging=group["grad_averaging"],
             grad_centralization=group["grad_centralization"],
             maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
             phi_bounds=group["phi_bounds"],
             trust_ratio_bounds=group["trust_ratio_bounds"],
         )

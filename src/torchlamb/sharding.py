@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from torchlamb.rounding import Place, Start
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
@@ -118,17 +120,17 @@ def local(tensor: Tensor) -> Tensor:
     shard: Any = tensor._local_tensor  # type: ignore[attr-defined]
     if type(shard) is Tensor:
         return shard
-    return shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard  # AsyncCollectiveTensor: still on its way
+    return shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard  # type: ignore[no-any-return]  # an AsyncCollectiveTensor
 
 
-def make_local_(columns_of_groups: Sequence[list[list[Tensor]]]) -> None:
-    """Replace DTensors by this process's shards, in lists [params, grads, exp_avgs, exp_avg_sqs, steps] of each group."""
+def make_local_(columns_of_groups: Sequence[list[list[Any]]]) -> None:
+    """Replace DTensors by this process's shards, in lists [params, grads, exp_avgs, ...] of each group."""
     params = [p for columns in columns_of_groups for p in columns[0]]
     grads = iter(local_grads(params, [g for columns in columns_of_groups for g in columns[1]]))
     for columns in columns_of_groups:
         columns[1] = [next(grads) for _ in columns[1]]
-        for i in (0, 2, 3):
-            columns[i] = list(map(local, columns[i]))
+        for i in (0, *range(2, len(columns))):
+            columns[i] = [t if t is None or type(t) is Tensor else local(t) for t in columns[i]]
 
 
 def local_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -169,6 +171,7 @@ class _Entry:
     first_row: int = -1  # in the reduced table, if it is sharded
     rows: int = 0
     cuts: Cuts | None = None  # where blocks end somewhere else than at equal parts of the local tensor
+    place: Place | None = None  # of the local tensor in the whole one, if it is needed and not all of it
 
 
 @dataclass
@@ -192,7 +195,8 @@ class Plan:
         plan = cls(options=_sharding_options(param_groups))
         for group in param_groups:
             for param in group["params"]:
-                plan._add(param, group["blocks"])
+                keyed = group["stochastic_rounding"] or group["state_dtype"] is torch.bfloat16
+                plan._add(param, group["blocks"], keyed)
         return plan
 
     def fits(self, param_groups: Sequence[dict[str, Any]]) -> bool:
@@ -212,6 +216,10 @@ class Plan:
     def cuts_of(self, index: int) -> Cuts | None:
         """Return where its blocks lie in the local tensor; None for equal parts."""
         return self.entries[index].cuts
+
+    def place_of(self, index: int, shard: Tensor) -> Place:
+        """Return where the elements of that parameter's local tensor lie in the whole one."""
+        return self.entries[index].place or Place.of_whole(shard)
 
     def add_sq_norms_(self, tables: Sequence[tuple[Sequence[int], Tensor]], without_grad: dict[int, Tensor]) -> None:
         """Add sums of squares over processes, in place: one all-reduce for each process group.
@@ -258,7 +266,7 @@ class Plan:
             of_kind.update(zip(members, values, strict=True))
         return torch.stack(list(of_kind.values())).sum(), found_inf
 
-    def _add(self, param: Tensor, blocks: int) -> None:
+    def _add(self, param: Tensor, blocks: int, keyed: bool) -> None:
         entry = _Entry(weakref.ref(param), getattr(param, "_spec", None))
         self.entries.append(entry)
         if not is_dtensor(param):
@@ -272,6 +280,8 @@ class Plan:
         entry.first_row, entry.rows = self.rows, blocks
         if blocks > 1 and any(placements[i].dim == 0 for i in dims):
             entry.cuts = _cuts(param, blocks)
+        if keyed:
+            entry.place = Place(tuple(param.shape), tuple(_start(param, dim) for dim in range(param.dim())))
         for group in entry.groups:
             self.rows_of.setdefault(group, []).extend(range(self.rows, self.rows + blocks))
         self.rows += blocks
@@ -294,7 +304,8 @@ class Plan:
 
 
 def _sharding_options(param_groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(group["blocks"], group["grad_centralization"], group["differentiable"]) for group in param_groups]
+    names = ("blocks", "grad_centralization", "differentiable", "master_weights", "stochastic_rounding", "state_dtype")
+    return [tuple(group[name] for name in names) for group in param_groups]
 
 
 def _slice_or_list(places: list[int]) -> slice | list[int]:
@@ -305,19 +316,29 @@ def _slice_or_list(places: list[int]) -> slice | list[int]:
 
 def _cuts(param: Any, blocks: int) -> Cuts:
     """Return where the blocks of the whole tensor lie in this process's rows of dim 0."""
-    from torch.distributed.tensor import distribute_tensor
-
-    placements = [p if getattr(p, "dim", None) == 0 else _replicate() for p in param.placements]
-    numbers = torch.arange(param.shape[0], device=param.device_mesh.device_type)
-    mine = local(distribute_tensor(numbers, param.device_mesh, placements, src_data_rank=None)).tolist()
-    size, first = param.shape[0] // blocks, mine[0] if mine else 0
-    if mine != list(range(first, first + len(mine))):
+    first = _start(param, 0)
+    if not isinstance(first, int):
         raise NotImplementedError(
             f"blocks={blocks}: the rows of a parameter with placements {param.placements} that lie on this process do not "
             "follow each other; set blocks=1"
         )
-    bounds = [min(max(b * size - first, 0), len(mine)) for b in range(blocks + 1)]
+    size, rows = param.shape[0] // blocks, param._local_tensor.shape[0]
+    bounds = [min(max(b * size - first, 0), rows) for b in range(blocks + 1)]
     return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
+
+
+def _start(param: Any, dim: int) -> Start:
+    """Return where this process's part of a dim begins in the whole tensor, or all its positions if they do not follow."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not any(getattr(p, "dim", None) == dim for p in param.placements):
+        return 0
+    placements = [p if getattr(p, "dim", None) == dim else _replicate() for p in param.placements]
+    numbers = torch.arange(param.shape[dim], device=param.device_mesh.device_type).view(-1, *[1] * (param.dim() - 1 - dim))
+    numbers = numbers.expand([1] * dim + list(numbers.shape))
+    mine = local(distribute_tensor(numbers, param.device_mesh, placements, src_data_rank=None)).flatten()
+    first = int(mine[0]) if len(mine) else 0
+    return first if torch.equal(mine, torch.arange(first, first + len(mine), device=mine.device)) else mine
 
 
 def _add_packed_(shards: list[Tensor], entries: Sequence[tuple[int, str]], group: ProcessGroup) -> None:

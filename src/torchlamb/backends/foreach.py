@@ -26,8 +26,9 @@ def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
 def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
     for rows, batch in _batches(bucket):
-        updates = _updates(batch, *_advance_(batch))
-        sq_norms[rows] = _sq_norms(batch, updates)
+        weights = batch.weights()
+        updates = _updates(batch, weights, *_advance_(batch))
+        sq_norms[rows] = _sq_norms(weights, updates)
         if bucket.is_small:  # computing them again would cost more calls than memory
             bucket.updates += updates
 
@@ -35,16 +36,18 @@ def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
 def apply(bucket: Bucket, sq_norms: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
     for rows, batch in _batches(bucket):
-        updates = bucket.updates[rows] or _updates(batch, batch.exp_avgs, batch.exp_avg_sqs)
-        _subtract_(batch, updates, sq_norms[rows])
+        weights = batch.weights()
+        updates = bucket.updates[rows] or _updates(batch, weights, batch.exp_avgs, batch.exp_avg_sqs)
+        _subtract_(batch, weights, updates, sq_norms[rows])
 
 
 def step(bucket: Bucket, sq_norms: Tensor) -> None:
     """Do `accumulate` and `apply` batch by batch, keeping the updates instead of computing them twice."""
     for rows, batch in _batches(bucket):
-        updates = _updates(batch, *_advance_(batch))
-        sq_norms[rows] = _sq_norms(batch, updates)
-        _subtract_(batch, updates, sq_norms[rows])
+        weights = batch.weights()
+        updates = _updates(batch, weights, *_advance_(batch))
+        sq_norms[rows] = _sq_norms(weights, updates)
+        _subtract_(batch, weights, updates, sq_norms[rows])
 
 
 def _batches(bucket: Bucket) -> Iterator[tuple[slice, Bucket]]:
@@ -64,28 +67,31 @@ def _advance_(batch: Bucket) -> tuple[list[Tensor], list[Tensor]]:
     exp_avg_sqs = _working_copy(batch.exp_avg_sqs, batch)
     torch._foreach_mul_(exp_avg_sqs, s.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - s.beta2)
-    return _store_(batch.exp_avgs, exp_avgs, batch.skip), _store_(batch.exp_avg_sqs, exp_avg_sqs, batch.skip)
+    rounded = exp_avg_sqs
+    if batch.exp_avg_sqs[0].dtype != batch.dtype:
+        rounded = [batch.to_exp_avg_sq(v, row) for row, v in enumerate(exp_avg_sqs)]
+    return _store_(batch.exp_avgs, exp_avgs, batch.skip), _store_(batch.exp_avg_sqs, rounded, batch.skip)
 
 
-def _updates(batch: Bucket, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> list[Tensor]:
+def _updates(batch: Bucket, weights: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> list[Tensor]:
     s, dtype = batch.scalars, batch.dtype
     eps, k = (list(column) for column in zip(*batch.bias_factors(), strict=True))
     denominators = torch._foreach_sqrt(_cast(exp_avg_sqs, dtype))
     torch._foreach_add_(denominators, eps)
     if not batch.on_device and s.weight_decay:  # in fewer passes, but its factors have to be numbers
-        updates = torch._foreach_mul(_cast(batch.params, dtype), s.weight_decay)
+        updates = torch._foreach_mul(weights, s.weight_decay)
         torch._foreach_addcdiv_(updates, _cast(exp_avgs, dtype), denominators, k)
         return list(updates)
     updates = torch._foreach_div(_cast(exp_avgs, dtype), denominators)
     if s.bias_correction:
         torch._foreach_mul_(updates, k)
     if s.weight_decay:
-        torch._foreach_add_(updates, _cast(batch.params, dtype), alpha=s.weight_decay)
+        torch._foreach_add_(updates, weights, alpha=s.weight_decay)
     return list(updates)
 
 
-def _sq_norms(batch: Bucket, updates: list[Tensor]) -> Tensor:
-    return torch.stack([_squares(_cast(batch.params, batch.dtype)), _squares(updates)], dim=1)
+def _sq_norms(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
+    return torch.stack([_squares(weights), _squares(updates)], dim=1)
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
@@ -96,13 +102,16 @@ def _squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).square()
 
 
-def _subtract_(batch: Bucket, updates: list[Tensor], sq_norms: Tensor) -> None:
+def _subtract_(batch: Bucket, weights: list[Tensor], updates: list[Tensor], sq_norms: Tensor) -> None:
     sizes = list((batch.scalars.lr * rule.trust_ratio(sq_norms, batch.scalars)).unbind())
     torch._foreach_mul_(updates, sizes)
-    if batch.skip is None:
+    if batch.skip is None and batch.params[0].dtype == batch.dtype:
         torch._foreach_sub_(batch.params, updates)
-    else:
-        _store_(batch.params, torch._foreach_sub(batch.params, updates), batch.skip)
+        return
+    new = torch._foreach_sub(weights, updates)
+    if batch.masters:
+        _store_(batch.masters, new, batch.skip)
+    _store_(batch.params, [batch.to_param(x, row) for row, x in enumerate(new)], batch.skip)
 
 
 def _working_copy(state: list[Tensor], batch: Bucket) -> list[Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import Bucket, cast, piece_size, pieces
+from torchlamb.bucket import Bucket, cast, piece_size, pieces, weight
 
-Updates = list[tuple[Tensor, Tensor]]  # each piece of a parameter, and its update
+Updates = list[tuple[int, Tensor, Tensor | None, Tensor]]  # of each piece: number, param, master, update
 
 
 def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
@@ -34,9 +34,9 @@ def apply(bucket: Bucket, sq_norms: Tensor) -> None:
     s, dtype = bucket.scalars, bucket.dtype
     sizes = s.lr * rule.trust_ratio(sq_norms, s)
     for row, factors in enumerate(bucket.bias_factors()):
-        for p, m, v in pieces(bucket.params[row], bucket.exp_avgs[row], bucket.exp_avg_sqs[row]):
-            update = rule.update(cast(p, dtype), cast(m, dtype), cast(v, dtype), factors, s)
-            _subtract_(p, update, sizes[row], bucket.skip)
+        for number, (p, _, m, v, master) in enumerate(bucket.pieces(row)):
+            update = rule.update(weight(p, master, dtype), cast(m, dtype), cast(v, dtype), factors, s)
+            _subtract_(bucket, row, number, p, master, update, sizes[row])
 
 
 def step(bucket: Bucket, sq_norms: Tensor) -> None:
@@ -53,9 +53,9 @@ def step(bucket: Bucket, sq_norms: Tensor) -> None:
         sq_norms[rows] = batch_norms.detach()
         sizes = (s.lr * rule.trust_ratio(batch_norms, s)).unbind()
         # Backwards: what was walked last is still in cache.
-        for size, row_updates in zip(reversed(sizes), reversed(updates), strict=True):
-            for p, update in reversed(row_updates):
-                _subtract_(p, update, size, batch.skip)
+        for row in reversed(range(len(batch))):
+            for number, p, master, update in reversed(updates[row]):
+                _subtract_(batch, row, number, p, master, update, sizes[row])
 
 
 def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], keep: bool) -> tuple[list[Tensor], Updates]:
@@ -65,7 +65,7 @@ def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], kee
     updates: Updates = []
     param_squares: list[Tensor] = []
     update_squares: list[Tensor] = []
-    for p, g, m, v in pieces(bucket.params[row], bucket.grads[row], bucket.exp_avgs[row], bucket.exp_avg_sqs[row]):
+    for number, (p, g, m, v, master) in enumerate(bucket.pieces(row)):
         if skip is None and m.dtype == v.dtype == dtype and not differentiable:
             next_m, next_v = m, v
             rule.advance_(bucket.scaled_grad(g), next_m, next_v, s)
@@ -73,24 +73,30 @@ def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], kee
             next_m, next_v = m.to(dtype, copy=True), v.to(dtype, copy=True)
             rule.advance_(bucket.scaled_grad(g), next_m, next_v, s)
             # The update is taken of the moments as they are stored: `apply` finds nothing else.
-            next_m, next_v = cast(next_m, m.dtype), cast(next_v, v.dtype)
+            next_m, next_v = cast(next_m, m.dtype), bucket.to_exp_avg_sq(next_v, row, number)
             _store_(m, next_m, skip)
             _store_(v, next_v, skip)
         # Autograd remembers the parameter's value, which is about to be overwritten.
-        param = p.to(dtype, copy=True) if differentiable else cast(p, dtype)
+        param = p.to(dtype, copy=True) if differentiable else weight(p, master, dtype)
         update = rule.update(param, cast(next_m, dtype), cast(next_v, dtype), factors, s)
         param_squares.append(param.square().sum())
         update_squares.append(update.square().sum())
         if keep:
-            updates.append((p, update))
+            updates.append((number, p, master, update))
     return [rule.total(param_squares), rule.total(update_squares)], updates
 
 
-def _subtract_(param: Tensor, update: Tensor, size: Tensor, skip: Tensor | None) -> None:
-    if skip is None:
+def _subtract_(
+    bucket: Bucket, row: int, number: int, param: Tensor, master: Tensor | None, update: Tensor, size: Tensor
+) -> None:
+    """Take ``size * update`` from the row's piece of that number."""
+    if bucket.skip is None and param.dtype == bucket.dtype:
         param.addcmul_(update, size, value=-1)
-    else:
-        _store_(param, torch.addcmul(param, update, size, value=-1), skip)
+        return
+    new = torch.addcmul(weight(param, master, bucket.dtype), update, size, value=-1)
+    if master is not None:
+        _store_(master, new, bucket.skip)
+    _store_(param, bucket.to_param(new, row, number), bucket.skip)
 
 
 def _store_(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
