@@ -1,10 +1,10 @@
-# Every target sets up what it needs in .venv, and again when pyproject.toml or constraints.txt change. The package is installed
-# editable: what runs is always the code in the tree.
+# Every target sets up what it needs in .venv, and again when pyproject.toml, constraints.txt or the C++ kernels change. The
+# package is installed editable: what runs is always the code in the tree.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INPUTS := pyproject.toml constraints.txt Makefile
+INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
 .PHONY: demo test test-all check bench clean
 

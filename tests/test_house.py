@@ -26,7 +26,7 @@ ORDER = [
     ["torchlamb.rule", "torchlamb.rounding"],
     ["torchlamb.sharding"],
     ["torchlamb.options", "torchlamb.bucket"],
-    ["torchlamb.backends.single", "torchlamb.backends.foreach"],
+    ["torchlamb.backends.single", "torchlamb.backends.foreach", "torchlamb.backends.cpu"],
     ["torchlamb.backends"],
     ["torchlamb.guard"],
     ["torchlamb.state"],

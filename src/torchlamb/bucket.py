@@ -63,6 +63,11 @@ class Bucket:
         """The dtype of the arithmetic: float64 for float64 parameters, float32 for all others."""
         return torch.promote_types(self.params[0].dtype, torch.float32)
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Those of parameters, gradients and moments, which each have one for all rows."""
+        return [column[0].dtype for column in (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs)]
+
     def new_sq_norms(self) -> Tensor:
         """Return zeros of shape (rows, 2): sums of squares of the parameters and of their updates."""
         return torch.zeros(len(self), 2, dtype=self.dtype, device=self.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_differentiable
 
 from torchlamb import rule
-from torchlamb.backends import Work, resolve
+from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import is_small, sort_into_buckets, squares_without_grad
 from torchlamb.guard import guard, is_guarded
 from torchlamb.options import check, check_alike, check_grads, check_params
@@ -77,7 +77,8 @@ class Lamb(Optimizer):
         maximize: maximize the objective (default: False)
         foreach: True for torch's multi-tensor operations, False for one tensor after the other. None chooses by device, and on
             CPUs by size; `repr` says what is in use and why (default: None)
-        fused: True is not available in this version (default: None)
+        fused: True for this library's own kernels, False for none of them; None takes them where they can be had: for float32,
+            bf16 and fp16 parameters on CPUs (default: None)
         capturable: keep step counts on the device and read nothing back, for graph capture and `torch.compile`; the lr can then
             be a tensor on the parameters' device that is changed in place (default: False)
         differentiable: let autograd run through `step()` (default: False)
@@ -251,6 +252,9 @@ class Lamb(Optimizer):
             options = self._checked_options(param_group)
             check_alike([*self.param_groups, options], self.defaults)
             check_params({**options, "params": params}, len(self.param_groups))
+            prepare()
+            for device, dtype in {(p.device, p.dtype.to_real()) for p in map(_param_of, params) if isinstance(p, Tensor)}:
+                resolve(options, device, [dtype], small=False)
             param_group.update(options, params=params)
         super().add_param_group(param_group)
         self._began.append(_count_and_dims(self.param_groups[-1]["params"]))
@@ -298,6 +302,7 @@ class Lamb(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        prepare()
         self._last = _LastStep()
         self._plan = None
         self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])
@@ -308,8 +313,8 @@ class Lamb(Optimizer):
     def __repr__(self) -> str:
         lines = ["Backends"]
         for i, group in enumerate(self.param_groups):
-            for device, small in sorted({(p.device, is_small(p)) for p in group["params"]}, key=str):
-                backend, why = resolve(group, device, small)
+            for device, dtype, small in sorted({(p.device, p.dtype.to_real(), is_small(p)) for p in group["params"]}, key=str):
+                backend, why = resolve(group, device, [dtype], small)
                 line = f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})"
                 if line != lines[-1]:
                     lines.append(line)
@@ -338,7 +343,7 @@ class Lamb(Optimizer):
         for group, indices, columns in filled:
             for bucket in sort_into_buckets(Scalars.from_group(group), columns, indices, group["blocks"], plan):
                 bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
-                work.append((resolve(group, bucket.device, bucket.is_small)[0], bucket))
+                work.append((resolve(group, bucket.device, bucket.dtypes, bucket.is_small)[0], bucket))
         return work, plan
 
     def _current_plan(self) -> Plan | None:
@@ -394,6 +399,10 @@ class Lamb(Optimizer):
             if not known:
                 check_params(group, i)
             check_grads(group, i)
+
+
+def _param_of(entry: Any) -> Any:
+    return entry[1] if isinstance(entry, tuple) else entry  # a (name, parameter) pair
 
 
 def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:

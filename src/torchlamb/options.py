@@ -43,8 +43,10 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"{name}={plain[name]!r} cannot be differentiated; with differentiable=True leave it at {default}"
                 )
-    if plain["fused"]:
-        raise RuntimeError("fused=True: this version has no fused kernels; leave fused=None, or set foreach=True")
+    if plain["fused"] and plain["foreach"]:
+        raise RuntimeError("foreach=True and fused=True exclude each other; set one of them")
+    if plain["fused"] and plain["differentiable"]:
+        raise RuntimeError("fused=True cannot be differentiated; with differentiable=True leave fused=None")
     if plain["differentiable"] and plain["foreach"]:
         raise RuntimeError("foreach=True cannot be differentiated; with differentiable=True leave foreach=None")
     return plain
@@ -197,7 +199,7 @@ def _state_dtype(name: str, value: Any) -> torch.dtype | None:
     if value is not None and not isinstance(value, torch.dtype):
         raise fail(TypeError, name, wanted, value)
     if value not in (None, torch.float32, torch.bfloat16):
-        # A squared gradient of 1e-4 is below what float16 has.
+        # In float16 the square of a gradient of 1e-4 is 0.
         raise fail(ValueError, name, wanted, value)
     return value
 

@@ -6,12 +6,13 @@ step) stays above it: a backend only reads `bucket.grad_factor` and `bucket.skip
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from torchlamb.backends import foreach, single
+from torchlamb.backends import cpu, foreach, single
 from torchlamb.bucket import SMALL, Bucket
 
 
@@ -37,14 +38,36 @@ class Backend(Protocol):
 Work = list[tuple[Backend, Bucket]]  # what one step() has to do
 
 
-def resolve(group: dict[str, Any], device: torch.device, small: bool) -> tuple[Backend, str]:
-    """Return the backend for a group's small or large parameters on a device, and why it was chosen."""
+def prepare() -> None:
+    """Load what backends need, before the first step and outside anything that is compiled."""
+    cpu.library.load()
+
+
+def resolve(group: dict[str, Any], device: torch.device, dtypes: Sequence[torch.dtype], small: bool) -> tuple[Backend, str]:
+    """Return the backend for a group's small or large parameters on a device, and why it was chosen.
+
+    Args:
+        group: with the options foreach, fused and differentiable
+        device: of the parameters
+        dtypes: of the real parameters, and of their gradients and moments where there are any yet
+        small: whether none has more than `SMALL` elements
+
+    Raises:
+        RuntimeError: fused=True cannot be honoured
+    """
     if group["differentiable"]:
         return single, "differentiable=True: autograd has to see every operation"
     if group["foreach"] is not None:
         return foreach if group["foreach"] else single, f"foreach={group['foreach']} was asked for"
+    why_not = cpu.why_not(dtypes) if device.type == "cpu" else f"this version has none for {device.type}"
+    if group["fused"] is not False and why_not is None:
+        asked = "was asked for" if group["fused"] else "kernels for this device"
+        return cpu, f"fused={group['fused']}: {asked}, with {cpu.library.isa} instructions"
+    if group["fused"]:
+        raise RuntimeError(f"fused=True: no kernels, {why_not}; leave fused=None, or set foreach=True")
+    instead = "fused=False was asked for" if group["fused"] is False else f"no kernels, {why_not}"
     if device.type == "cpu" and small:
-        return foreach, f"foreach=None: on a CPU, tensors of up to {SMALL:,} elements were measured faster many in one call"
+        return foreach, f"{instead}; on a CPU, tensors of up to {SMALL:,} elements were measured faster many in one call"
     if device.type == "cpu":
-        return single, f"foreach=None: on a CPU, tensors of over {SMALL:,} elements were measured faster in cache-sized pieces"
-    return foreach, f"foreach=None: many tensors in one call; not measured on {device.type}"
+        return single, f"{instead}; on a CPU, tensors of over {SMALL:,} elements were measured faster in cache-sized pieces"
+    return foreach, f"{instead}; many tensors in one call, not measured on {device.type}"

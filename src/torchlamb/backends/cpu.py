@@ -1,0 +1,256 @@
+"""The CPU's kernels: C++ in csrc/, which walks memory as seldom as the rule allows, on torch's own threads.
+
+This file finds the library, checks tensors before their addresses leave Python, and hands them over. It must not know of groups;
+the arithmetic is in csrc/kernels.cpp, which follows `torchlamb.rule` and is held to it by tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import math
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchlamb.bucket import Bucket
+from torchlamb.rounding import memory_order
+
+ABI = 1
+ISAS = ("baseline", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_GRAD_SQ_NORMS, _ACCUMULATE, _APPLY, _STEP = range(4)
+_FUNCTIONS = ("torchlamb_grad_sq_norms", "torchlamb_accumulate", "torchlamb_apply", "torchlamb_step")
+_BIAS_CORRECTION, _GRAD_AVERAGING, _LAYER_ADAPTATION, _STOCHASTIC_ROUNDING = 1, 2, 4, 8
+
+
+class _Runs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("first", "starts", "length", "stride")]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sizes", "params", "grads", "exp_avgs", "exp_avg_sqs")),
+        *((name, ctypes.c_void_p) for name in ("masters", "steps", "seeds", "runs")),
+        *((f"{name}_dtype", ctypes.c_int64) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps", "weight_decay")),
+        *((name, ctypes.c_double) for name in ("phi_low", "phi_high", "ratio_low", "ratio_high")),
+        ("flags", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("lr", "grad_factor", "skip")),
+    ]
+
+
+class _Library:
+    """The loaded kernels. `isa` is the instruction set in use, `why_not` what is said where they cannot be had."""
+
+    def __init__(self) -> None:
+        self.isa = ""
+        self.why_not = "they are not loaded yet"
+        self.functions: Sequence[ctypes._NamedFuncPointer] = ()
+        self.parallel_for: int | None = None
+        self.process = 0  # in which torch's threads are; a forked child does not have them
+
+    def load(self) -> None:
+        """Load them, once; the reason is kept where that fails."""
+        if self.isa or self.process:
+            return
+        self.process = os.getpid()
+        try:
+            self._load()
+        except OSError as error:
+            self.why_not = f"they cannot be loaded: {error}"
+
+    def _load(self) -> None:
+        highest = os.environ.get("TORCHLAMB_CPU_ISA", ISAS[-1])
+        if highest not in ISAS:
+            raise ValueError(f"TORCHLAMB_CPU_ISA must be one of {', '.join(ISAS)}, got {highest!r}")
+        torch_library = next(iter((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")), None)
+        parallel_for = torch_library and getattr(ctypes.CDLL(str(torch_library)), "torch_parallel_for", None)
+        if parallel_for is None:
+            self.why_not = f"torch {torch.__version__} does not share its threads"
+            return
+        path = importlib.resources.files("torchlamb.backends").joinpath("libtorchlamb_cpu.so")
+        if not path.is_file():
+            self.why_not = "they were not built, for want of a C++ compiler, when torchlamb was installed"
+            return
+        kernels = ctypes.CDLL(str(path))
+        if kernels.torchlamb_abi() != ABI:
+            self.why_not = "they were built for another version of torchlamb; install it again"
+            return
+        kernels.torchlamb_set_isa.restype = ctypes.c_char_p
+        self.isa = kernels.torchlamb_set_isa(highest.encode()).decode()
+        self.functions = [getattr(kernels, name) for name in _FUNCTIONS]
+        self.parallel_for = ctypes.cast(parallel_for, ctypes.c_void_p).value
+
+
+library = _Library()
+
+
+def why_not(dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return why tensors of these dtypes cannot be stepped by the kernels, None if they can."""
+    if not library.isa:
+        return library.why_not
+    odd = [dtype for dtype in dtypes if dtype not in DTYPES]
+    return f"they have no {str(odd[0]).removeprefix('torch.')}" if odd else None
+
+
+def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    _call(_GRAD_SQ_NORMS, bucket, out)
+
+
+def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    _call(_ACCUMULATE, bucket, sq_norms)
+
+
+def apply(bucket: Bucket, sq_norms: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    _call(_APPLY, bucket, sq_norms)
+
+
+def step(bucket: Bucket, sq_norms: Tensor) -> None:
+    """Do `accumulate` and `apply` for a few rows at a time, walking back over what is still in cache."""
+    _call(_STEP, bucket, sq_norms)
+
+
+def _call(function: int, bucket: Bucket, out: Tensor) -> None:
+    s = bucket.scalars
+    phi, ratio = s.phi_bounds or (0.0, math.inf), s.trust_ratio_bounds or (0.0, math.inf)
+    flags = (
+        _BIAS_CORRECTION * s.bias_correction
+        | _GRAD_AVERAGING * s.grad_averaging
+        | _LAYER_ADAPTATION * s.layer_adaptation
+        | _STOCHASTIC_ROUNDING * (s.stochastic_rounding and not bucket.masters and bucket.params[0].dtype == torch.bfloat16)
+    )
+    runs = [place.runs(p) for place, p in zip(bucket.places, bucket.params, strict=True)] if bucket.seeds else []
+    arguments = (
+        function,
+        *(bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.masters, bucket.steps, bucket.seeds),
+        [run.starts if run.starts is not None else torch.empty(0, dtype=torch.int64) for run in runs],
+        [number for run in runs for number in (run.first, run.length, run.stride)],
+        out,
+        torch.as_tensor(s.lr, dtype=torch.float64),
+        torch.as_tensor(bucket.grad_factor, dtype=torch.float32),
+        bucket.skip,
+        [s.beta1, s.beta2, s.eps, s.weight_decay, *phi, *ratio],
+        flags,
+    )
+    if torch.compiler.is_compiling():
+        torch.ops.torchlamb.cpu_lamb_(*arguments)
+    else:
+        _lamb_(*arguments)
+
+
+def _lamb_(
+    function: int,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    seeds: list[Tensor],
+    starts: list[Tensor],  # of each row with a seed: those of its `Runs`, empty where there are none
+    runs: list[int],  # and its first, length and stride
+    out: Tensor,
+    lr: Tensor,
+    grad_factor: Tensor,
+    skip: Tensor | None,
+    numbers: list[float],
+    flags: int,
+) -> None:
+    """Check the tensors, and call a kernel with their addresses."""
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
+    handed, copied = _alike(columns)
+    sizes = array("q", [p.numel() for p in handed[0]])
+    pointers = [_addresses(column, sizes) for column in handed]
+    counts = _addresses(steps)
+    keys = _addresses(seeds)
+    table = (_Runs * len(seeds))(
+        *((first, start.data_ptr() if len(start) else 0, length, stride)
+          for start, (first, length, stride) in zip(starts, zip(*[iter(runs)] * 3, strict=True), strict=True))
+    )  # fmt: skip
+    rows = _Rows(
+        len(params), sizes.buffer_info()[0], *(p.buffer_info()[0] for p in pointers[:4]),
+        pointers[4].buffer_info()[0] if masters else None,
+        counts.buffer_info()[0],
+        keys.buffer_info()[0] if seeds else None,
+        ctypes.addressof(table) if seeds else None,
+        *(DTYPES[column[0].dtype] for column in columns[:4]),
+    )  # fmt: skip
+    options = _Options(*numbers, flags, lr.data_ptr(), grad_factor.data_ptr(), None if skip is None else skip.data_ptr())
+    # In a forked child torch's threads are gone, and waiting for them would never end.
+    parallel_for = library.parallel_for if library.process == os.getpid() else None
+    error = library.functions[function](
+        ctypes.byref(rows), ctypes.byref(options), ctypes.c_void_p(parallel_for), ctypes.c_void_p(out.data_ptr())
+    )
+    if error:
+        raise RuntimeError("torch_parallel_for failed; what the step has done until then stays")
+    for column, original in zip(handed, columns, strict=True):
+        if column is not grads:
+            for row in copied:
+                original[row].copy_(column[row])
+
+
+def _alike(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
+    """Return the tensors, each row's in one dense layout, and the rows that had to be copied for it."""
+    copied = []
+    for row, tensors in enumerate(zip(*columns, strict=True)):
+        first = tensors[0]
+        shape = first.shape
+        contiguous = True
+        for t in tensors:
+            if t.shape != shape or not t.is_cpu:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(shape)} has a gradient or state of shape {tuple(t.shape)} on {t.device}; a "
+                    "resized parameter needs a new optimizer"
+                )
+            contiguous = contiguous and t.is_contiguous()
+        if not contiguous and not _lie_alike(tensors):
+            copied.append(row)
+    if not copied:
+        return columns, copied
+    handed = [list(column) for column in columns]
+    for column in handed:
+        for row in copied:
+            column[row] = column[row].contiguous().clone() if column[row].is_contiguous() else column[row].contiguous()
+    return handed, copied
+
+
+def _lie_alike(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    dense = first.permute(memory_order(first)).is_contiguous()
+    return dense and all(t.stride() == first.stride() for t in tensors)
+
+
+def _addresses(tensors: list[Tensor], sizes: Sequence[int] | None = None) -> array[int]:
+    addresses = array("Q", [t.data_ptr() for t in tensors])
+    if 0 in addresses and any(a == 0 and size for a, size in zip(addresses, sizes or [1] * len(tensors), strict=True)):
+        raise RuntimeError("a tensor of the step has no memory: its storage was freed, or it is a meta tensor")
+    return addresses
+
+
+_ops = torch.library.Library("torchlamb", "DEF")
+_ops.define(
+    "cpu_lamb_(int function, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] masters, Tensor[] steps, Tensor[] seeds, Tensor[] starts, int[] runs, Tensor(e!) out, Tensor lr, "
+    "Tensor grad_factor, Tensor? skip, float[] numbers, int flags) -> ()"
+)
+_ops.impl("cpu_lamb_", _lamb_, "CPU")
+
+
+@torch.library.register_fake("torchlamb::cpu_lamb_", lib=_ops)
+def _fake(*_: object) -> None:
+    return None
