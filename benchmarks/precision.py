@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py
 
-Memory is counted in the tensors themselves: parameter, gradient and everything in the optimizer's state. Accuracy is that of the
-network of examples/digits.py, trained at two learning rates: the one that the example carries to this batch size, and a small
-one, whose changes are mostly below what bfloat16 can see.
+Memory is counted in the tensors themselves: parameter, gradient and everything in the optimizer's state. Accuracy is that of
+the network of examples/digits.py, trained at two learning rates: the one that the example carries to this batch size, and a
+small one, whose changes are mostly below what bfloat16 can see.
 """
 
 from __future__ import annotations

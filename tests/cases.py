@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import torchlamb
-from torchlamb.backends import foreach, single
+from torchlamb.backends import cpu, foreach, single
 
 FRESH_SEED = int(os.environ.get("TORCHLAMB_TEST_SEED") or random.SystemRandom().randrange(2**31))
 SEEDS = [pytest.param(0, id="fixed"), pytest.param(FRESH_SEED, id="fresh")]
@@ -33,7 +33,11 @@ class BackendCase(NamedTuple):
 
 
 BACKENDS = [
-    BackendCase("default", {}, False),  # small tensors in one backend, large ones in the other
+    # The CPU's kernels where they are built. They have no float64, which takes the next one.
+    BackendCase("default", {}, False),
+    BackendCase("default-two-phase", {}, True),
+    BackendCase("default-capturable", {"capturable": True}, False),
+    BackendCase("unfused", {"fused": False}, False),  # small tensors in one backend, large ones in the other
     BackendCase("single", {"foreach": False}, False),
     BackendCase("single-two-phase", {"foreach": False}, True),
     BackendCase("single-capturable", {"foreach": False, "capturable": True}, False),
@@ -43,6 +47,17 @@ BACKENDS = [
     BackendCase("foreach-capturable-two-phase", {"foreach": True, "capturable": True}, True),
 ]
 BACKEND_PARAMS = [pytest.param(case, id=case.name) for case in BACKENDS]
+# In every form with the fixed numbers; with fresh ones, `make test` takes the plain forms.
+BACKENDS_AND_SEEDS = [
+    pytest.param(
+        case,
+        *seed.values,
+        id=f"{case.name}-{seed.id}",
+        marks=[pytest.mark.slow] if seed.id == "fresh" and case.name not in ("default", "single", "foreach") else [],
+    )
+    for seed in SEEDS
+    for case in BACKENDS
+]
 
 DEFAULTS = {
     name: p.default
@@ -153,5 +168,5 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_two_phases(monkeypatch: pytest.MonkeyPatch, case: BackendCase) -> None:
     if case.two_phase:
-        monkeypatch.delattr(foreach, "step")
-        monkeypatch.delattr(single, "step")
+        for backend in (cpu, foreach, single):
+            monkeypatch.delattr(backend, "step")

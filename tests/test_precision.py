@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BACKEND_PARAMS, DEFAULTS, LAYOUTS, ROUNDING, SEEDS, SHARE_OF_PATH, make_params, set_grads, use_two_phases
+from cases import (
+    BACKEND_PARAMS,
+    BACKENDS_AND_SEEDS,
+    DEFAULTS,
+    LAYOUTS,
+    ROUNDING,
+    SHARE_OF_PATH,
+    make_params,
+    set_grads,
+    use_two_phases,
+)
 from reference import Reference
 from rounding_reference import nearest, random_bits, stochastic
 from torch import Tensor, nn
@@ -162,8 +172,7 @@ def run(case, param_dtype, grad_dtype, storage, layout, seed, options) -> None:
 
 
 @pytest.mark.parametrize(("param_dtype", "grad_dtype", "storage"), COMBINATIONS)
-@pytest.mark.parametrize("case", BACKEND_PARAMS)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("case", "seed"), BACKENDS_AND_SEEDS)
 def test_combinations(case, param_dtype, grad_dtype, storage, seed, monkeypatch):
     use_two_phases(monkeypatch, case)
     run(case, param_dtype, grad_dtype, storage, "contiguous", seed, {})

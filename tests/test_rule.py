@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from cases import (
-    BACKEND_PARAMS,
+    BACKENDS_AND_SEEDS,
     DEFAULTS,
     DTYPES,
     LAYOUTS,
     OPTIONS,
     ROUNDING,
-    SEEDS,
     SHARE_OF_PATH,
     BackendCase,
     make_params,
@@ -118,19 +117,17 @@ def check_ulps(reference: Reference, params: list[Tensor], dtype: torch.dtype) -
     return wrong / allowed
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("case", "seed"), BACKENDS_AND_SEEDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_options(case, dtype, options, seed, monkeypatch, record_share):
     use_two_phases(monkeypatch, case)
     reference, params = run(case, dtype, "contiguous", options, seed)
     record_share(case.name, str(dtype), check(reference, params, dtype))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("case", "seed"), BACKENDS_AND_SEEDS)
 @pytest.mark.parametrize(("dtype", "layout"), LAYOUT_DTYPES)
-@pytest.mark.parametrize("case", BACKEND_PARAMS)
 @pytest.mark.parametrize("options", LAYOUT_OPTIONS, ids=["some", "everything"])
 @pytest.mark.usefixtures("small_pieces")
 def test_layouts(case, dtype, layout, options, seed, monkeypatch, record_share):

@@ -366,7 +366,7 @@ def test_grad_scale_and_found_inf_as_the_scaler_leaves_them(case, guard, monkeyp
     assert not scaled._step_supports_amp_scaling
     scaled.param_groups[0]["fused"] = True
     assert scaled._step_supports_amp_scaling
-    scaled.param_groups[0]["fused"] = None
+    scaled.param_groups[0]["fused"] = case.options.get("fused")
     train(b, plain, range(2))
     for step in (0, 7, 1):
         data = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))

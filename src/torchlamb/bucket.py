@@ -146,8 +146,8 @@ class Bucket:
         return rounding.random_bits(indices.permute([order.index(dim) for dim in range(param.dim())]), keys)
 
     def _centralized(self, grad: Tensor) -> Tensor:
-        dims = grad.dim() - self.is_complex
-        return rule.centralize(cast(grad, self.dtype), dims) if dims >= 3 else grad
+        dims, grad = grad.dim() - self.is_complex, cast(grad, self.dtype)
+        return rule.centralize(grad, dims) if dims >= 3 else grad
 
     def batches(self, elements: int) -> Iterator[tuple[slice, Bucket]]:
         """Cut into buckets of at most that many elements, or of one row where a single row is larger."""

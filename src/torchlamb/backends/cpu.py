@@ -1,7 +1,7 @@
 """The CPU's kernels: C++ in csrc/, which walks memory as seldom as the rule allows, on torch's own threads.
 
-This file finds the library, checks tensors before their addresses leave Python, and hands them over. It must not know of groups;
-the arithmetic is in csrc/kernels.cpp, which follows `torchlamb.rule` and is held to it by tests.
+This file finds the library, and checks tensors before it hands their addresses over. It must not know of groups; the arithmetic
+is in csrc/kernels.cpp, which follows `torchlamb.rule` and is held to it by tests.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Library:
         kernels.torchlamb_set_isa.restype = ctypes.c_char_p
         self.isa = kernels.torchlamb_set_isa(highest.encode()).decode()
         self.functions = [getattr(kernels, name) for name in _FUNCTIONS]
-        self.parallel_for = ctypes.cast(parallel_for, ctypes.c_void_p).value
+        self.parallel_for = ctypes.cast(parallel_for, ctypes.c_void_p).value  # type: ignore[arg-type]
 
 
 library = _Library()
@@ -134,11 +134,15 @@ def _call(function: int, bucket: Bucket, out: Tensor) -> None:
         | _LAYER_ADAPTATION * s.layer_adaptation
         | _STOCHASTIC_ROUNDING * (s.stochastic_rounding and not bucket.masters and bucket.params[0].dtype == torch.bfloat16)
     )
-    runs = [place.runs(p) for place, p in zip(bucket.places, bucket.params, strict=True)] if bucket.seeds else []
-    arguments = (
+    columns = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, *([bucket.masters] if bucket.masters else [])]
+    handed, copied = _alike(columns)
+    params, grads, exp_avgs, exp_avg_sqs, *masters = handed
+    runs = [place.runs(p) for place, p in zip(bucket.places, params, strict=True)] if bucket.seeds else []
+    call = torch.ops.torchlamb.cpu_lamb_ if torch.compiler.is_compiling() else _lamb_
+    call(
         function,
-        *(bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.masters, bucket.steps, bucket.seeds),
-        [run.starts if run.starts is not None else torch.empty(0, dtype=torch.int64) for run in runs],
+        *(params, grads, exp_avgs, exp_avg_sqs, masters[0] if masters else [], bucket.steps, bucket.seeds),
+        [torch.empty(0, dtype=torch.int64) if run.starts is None else run.starts for run in runs],
         [number for run in runs for number in (run.first, run.length, run.stride)],
         out,
         torch.as_tensor(s.lr, dtype=torch.float64),
@@ -147,10 +151,10 @@ def _call(function: int, bucket: Bucket, out: Tensor) -> None:
         [s.beta1, s.beta2, s.eps, s.weight_decay, *phi, *ratio],
         flags,
     )
-    if torch.compiler.is_compiling():
-        torch.ops.torchlamb.cpu_lamb_(*arguments)
-    else:
-        _lamb_(*arguments)
+    for row in copied:
+        for column, originals in zip(handed, columns, strict=True):
+            if column is not grads:
+                originals[row].copy_(column[row])
 
 
 def _lamb_(
@@ -171,25 +175,21 @@ def _lamb_(
     numbers: list[float],
     flags: int,
 ) -> None:
-    """Check the tensors, and call a kernel with their addresses."""
-    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
-    handed, copied = _alike(columns)
-    sizes = array("q", [p.numel() for p in handed[0]])
-    pointers = [_addresses(column, sizes) for column in handed]
-    counts = _addresses(steps)
-    keys = _addresses(seeds)
+    """Call a kernel with the tensors' addresses."""
+    sizes = [p.numel() for p in params]
+    lengths = array("q", sizes)
+    tensors = [_addresses(column, sizes) for column in (params, grads, exp_avgs, exp_avg_sqs)]
+    others = [_addresses(column, sizes) if column else None for column in (masters, steps, seeds)]
     table = (_Runs * len(seeds))(
-        *((first, start.data_ptr() if len(start) else 0, length, stride)
-          for start, (first, length, stride) in zip(starts, zip(*[iter(runs)] * 3, strict=True), strict=True))
-    )  # fmt: skip
+        *(_Runs(runs[3 * i], start.data_ptr(), *runs[3 * i + 1 : 3 * i + 3]) for i, start in enumerate(starts))
+    )
     rows = _Rows(
-        len(params), sizes.buffer_info()[0], *(p.buffer_info()[0] for p in pointers[:4]),
-        pointers[4].buffer_info()[0] if masters else None,
-        counts.buffer_info()[0],
-        keys.buffer_info()[0] if seeds else None,
+        len(params),
+        lengths.buffer_info()[0],
+        *(None if addresses is None else addresses.buffer_info()[0] for addresses in (*tensors, *others)),
         ctypes.addressof(table) if seeds else None,
-        *(DTYPES[column[0].dtype] for column in columns[:4]),
-    )  # fmt: skip
+        *(DTYPES[column[0].dtype] for column in (params, grads, exp_avgs, exp_avg_sqs)),
+    )
     options = _Options(*numbers, flags, lr.data_ptr(), grad_factor.data_ptr(), None if skip is None else skip.data_ptr())
     # In a forked child torch's threads are gone, and waiting for them would never end.
     parallel_for = library.parallel_for if library.process == os.getpid() else None
@@ -198,14 +198,10 @@ def _lamb_(
     )
     if error:
         raise RuntimeError("torch_parallel_for failed; what the step has done until then stays")
-    for column, original in zip(handed, columns, strict=True):
-        if column is not grads:
-            for row in copied:
-                original[row].copy_(column[row])
 
 
 def _alike(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
-    """Return the tensors, each row's in one dense layout, and the rows that had to be copied for it."""
+    """Return the tensors, each row's in one dense layout, and the rows that had to be copied for that."""
     copied = []
     for row, tensors in enumerate(zip(*columns, strict=True)):
         first = tensors[0]
@@ -225,7 +221,7 @@ def _alike(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
     handed = [list(column) for column in columns]
     for column in handed:
         for row in copied:
-            column[row] = column[row].contiguous().clone() if column[row].is_contiguous() else column[row].contiguous()
+            column[row] = column[row].clone(memory_format=torch.contiguous_format)
     return handed, copied
 
 
@@ -235,22 +231,22 @@ def _lie_alike(tensors: Sequence[Tensor]) -> bool:
     return dense and all(t.stride() == first.stride() for t in tensors)
 
 
-def _addresses(tensors: list[Tensor], sizes: Sequence[int] | None = None) -> array[int]:
+def _addresses(tensors: list[Tensor], sizes: Sequence[int]) -> array[int]:
     addresses = array("Q", [t.data_ptr() for t in tensors])
-    if 0 in addresses and any(a == 0 and size for a, size in zip(addresses, sizes or [1] * len(tensors), strict=True)):
+    if 0 in addresses and any(size and not address for address, size in zip(addresses, sizes, strict=True)):
         raise RuntimeError("a tensor of the step has no memory: its storage was freed, or it is a meta tensor")
     return addresses
 
 
-_ops = torch.library.Library("torchlamb", "DEF")
-_ops.define(
+_ops = torch.library.Library("torchlamb", "DEF")  # type: ignore[no-untyped-call]
+_ops.define(  # type: ignore[no-untyped-call]
     "cpu_lamb_(int function, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] masters, Tensor[] steps, Tensor[] seeds, Tensor[] starts, int[] runs, Tensor(e!) out, Tensor lr, "
     "Tensor grad_factor, Tensor? skip, float[] numbers, int flags) -> ()"
 )
-_ops.impl("cpu_lamb_", _lamb_, "CPU")
+_ops.impl("cpu_lamb_", _lamb_, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("torchlamb::cpu_lamb_", lib=_ops)
+@torch.library.register_fake("torchlamb::cpu_lamb_", lib=_ops)  # type: ignore[untyped-decorator]
 def _fake(*_: object) -> None:
     return None
