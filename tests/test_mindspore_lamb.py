@@ -849,8 +849,8 @@ def test_row11_a_cell_with_neither_says_so():
 def test_row15_other_devices_step_with_foreach():
     optimizer = nn.Lamb(make_params(), 0.1)
     for device in ("cuda", "xpu", "mps"):
-        assert resolve(optimizer.param_groups[0], torch.device(device), small=False)[0] is foreach
-    assert "cpu: foreach" in repr(optimizer)
+        assert resolve(optimizer.param_groups[0], torch.device(device), [torch.float32], small=False)[0] is foreach
+    assert "cpu: foreach" in repr(nn.Lamb(make_params(), 0.1, fused=False))
 
 
 # An optimizer of torch in every other respect

@@ -36,7 +36,7 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)  # never written
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)  # 0-dim float32, already counting this step when a backend sees them
+    steps: list[Tensor] = field(default_factory=list)  # 0-dim float32
     masters: list[Tensor] = field(
         default_factory=list
     )  # float32, of all rows or none: what low-precision params are rounded from
@@ -72,8 +72,8 @@ class Bucket:
         """Return zeros of shape (rows, 2): sums of squares of the parameters and of their updates."""
         return torch.zeros(len(self), 2, dtype=self.dtype, device=self.device)
 
-    def begin_step_(self) -> None:
-        """Do what comes once per step and before a backend's arithmetic: count the step, and centralize the gradients."""
+    def count_step_(self) -> None:
+        """Count this step, unless it is skipped."""
         # The blocks of a parameter share its count.
         steps = [step for row, step in enumerate(self.steps) if row == 0 or step is not self.steps[row - 1]]
         if self.skip is not None:
@@ -83,6 +83,9 @@ class Bucket:
             torch._foreach_add_(steps, torch.ones(()))  # torch would make a tensor of the number once for each step count
         else:
             torch._foreach_add_(steps, 1)
+
+    def centralize_grads(self) -> None:
+        """Replace the gradients by centralized ones, if that is asked for."""
         if self.scalars.grad_centralization:
             self.grads = [self._centralized(g) for g in self.grads]
 

@@ -6,7 +6,7 @@ for free (or has to, for autograd). This room must not know how a backend comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torchlamb.backends import Work
 from torchlamb.sharding import Groups, Plan
 
 
-def is_guarded(group: dict[str, Any]) -> bool:
+def is_guarded(group: Mapping[str, Any]) -> bool:
     """Return whether steps of the group's optimizer depend on the norm over all gradients."""
     return group["max_grad_norm"] is not None or group["skip_nonfinite"]
 

@@ -21,8 +21,8 @@ from torchlamb.bucket import is_small, sort_into_buckets, squares_without_grad
 from torchlamb.guard import guard, is_guarded
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
-from torchlamb.sharding import Plan, check_guard_is_global, is_dtensor, make_local_, why_flat
-from torchlamb.state import adopt, fill_, keeps_master, keeps_seed, restore_
+from torchlamb.sharding import Plan, check_guard_is_global, make_local_, why_flat
+from torchlamb.state import Storage, adopt
 
 
 class _LastStep:
@@ -194,7 +194,9 @@ class Lamb(Optimizer):
             return loss
         in_two_phases = []
         for (backend, bucket), rows in zip(work, sq_norms, strict=True):
-            bucket.begin_step_()
+            bucket.centralize_grads()
+            if not getattr(backend, "COUNTS_STEPS", False):
+                bucket.count_step_()
             whole_step = getattr(backend, "step", None)
             if whole_step is not None and not bucket.process_groups:
                 whole_step(bucket, rows)
@@ -285,7 +287,7 @@ class Lamb(Optimizer):
 
         def first_post_hook(_: Optimizer) -> None:
             for saved_group, group in zip(loaded[-1]["param_groups"], self.param_groups, strict=True):
-                restore_(self.state, loaded[-1]["state"], group, saved_group)
+                Storage(group).restore_(self.state, loaded[-1]["state"], saved_group["params"], group["params"])
 
         handles = [
             self.register_load_state_dict_pre_hook(last_pre_hook),
@@ -336,7 +338,7 @@ class Lamb(Optimizer):
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps, masters, seeds)
             filled.append((group, [start + i for i, p in enumerate(group["params"]) if p.grad is not None], columns))
             start += len(group["params"])
-        plan = self._current_plan()
+        plan = self._plan if self._plan is not None and self._plan.is_sharded else None
         if plan is not None:
             make_local_([columns for _, _, columns in filled])
         work: Work = []
@@ -345,14 +347,6 @@ class Lamb(Optimizer):
                 bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
                 work.append((resolve(group, bucket.device, bucket.dtypes, bucket.is_small)[0], bucket))
         return work, plan
-
-    def _current_plan(self) -> Plan | None:
-        """Return how the parameters are sharded; None where none of them is a DTensor."""
-        if not any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
-            return None
-        if self._plan is None or not self._plan.fits(self.param_groups):
-            self._plan = Plan.of(self.param_groups)
-        return self._plan
 
     def _init_group(
         self,
@@ -369,19 +363,20 @@ class Lamb(Optimizer):
         if group is self.param_groups[0]:
             self._check_step()
         first = sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
+        storage = Storage(group)
         for i, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
                 continue
             state = self.state[p]
-            fill_(state, group, p, first + i)
+            storage.fill_(state, p, first + i)
             params.append(p)
             grads.append(grad)
             exp_avgs.append(state["exp_avg"])
             exp_avg_sqs.append(state["exp_avg_sq"])
             steps.append(state["step"])
-            masters.append(state["master"] if keeps_master(group, p) else None)
-            seeds.append(state["seed"] if keeps_seed(group, p) else None)
+            masters.append(state["master"] if storage.keeps_master(p) else None)
+            seeds.append(state["seed"] if storage.keeps_seed(p) else None)
         return False
 
     def _check_step(self) -> None:
@@ -391,7 +386,7 @@ class Lamb(Optimizer):
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
-        known = self._plan is not None and self._plan.fits(self.param_groups)  # checked when the plan was made
+        known = self._plan is not None and self._plan.fits(self.param_groups)
         for i, group in enumerate(self.param_groups):
             reason = why_flat(group["params"], self._began[i])
             if reason is not None:
@@ -399,6 +394,8 @@ class Lamb(Optimizer):
             if not known:
                 check_params(group, i)
             check_grads(group, i)
+        if not known:  # only now: what it was made for has been checked
+            self._plan = Plan.of(self.param_groups)
 
 
 def _param_of(entry: Any) -> Any:

@@ -187,6 +187,7 @@ class Plan:
     device_type: str = "cpu"  # of the meshes
     dtype: torch.dtype = torch.float32
     rows: int = 0
+    is_sharded: bool = False  # any of them is a DTensor
     options: list[tuple[Any, ...]] = field(default_factory=list)  # of every group: those that decide what can be sharded
 
     @classmethod
@@ -271,6 +272,7 @@ class Plan:
         self.entries.append(entry)
         if not is_dtensor(param):
             return
+        self.is_sharded = True
         mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
         # Not "is a Shard": _StridedShard, which FSDP2 over tensor parallelism gives, is no subclass of it.
         dims = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]

@@ -5,7 +5,7 @@ This room knows groups and single parameters; it must not know what a step does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -17,44 +17,77 @@ from torchlamb.guard import is_guarded
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def fill_(state: dict[str, Any], group: dict[str, Any], param: Tensor, position: int) -> None:
-    """Make what the parameter needs and has not stored yet, and bring the rest where the group's options want it."""
-    on_device = _counts_on_device(group)
-    dtype = moment_dtype(group, param)
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
-        state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    elif on_device and state["step"].device != param.device:  # never back: it may be compiled for
-        state["step"] = state["step"].to(param.device)
-    for name in ("exp_avg", "exp_avg_sq"):
-        if state[name].dtype is not dtype:
-            state[name] = state[name].to(dtype)
-    if keeps_master(group, param) and "master" not in state:
-        state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
-    if keeps_seed(group, param):
-        if "seed" not in state:
-            state["seed"] = torch.tensor(rounding.seed_of(position))
-        if state["seed"].device != state["step"].device:
-            state["seed"] = state["seed"].to(state["step"].device)
+class Storage:
+    """How one group stores what its parameters need between steps. Made anew for each step: options may change."""
 
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        # Steps are counted on the host, as in torch, unless only the device knows whether a step was taken.
+        self.on_device: bool = group["capturable"] or group["fused"] or is_guarded(group)
+        self.masters: bool = group["master_weights"]
+        self.rounds_params: bool = group["stochastic_rounding"]
+        self.state_dtype: torch.dtype | None = group["state_dtype"]
 
-def keeps_master(group: Mapping[str, Any], param: Tensor) -> bool:
-    """Return whether the parameter is rounded from a float32 master."""
-    return group["master_weights"] and param.dtype in _LOW
+    def fill_(self, state: dict[str, Any], param: Tensor, position: int) -> None:
+        """Make what the parameter needs and has not stored yet, and bring the rest to the dtype and device it should have."""
+        dtype = self.moment_dtype(param)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self._device(param))
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        elif self.on_device and state["step"].device != param.device:  # never back: it may be compiled for
+            state["step"] = state["step"].to(param.device)
+        if state["exp_avg"].dtype is not dtype or state["exp_avg_sq"].dtype is not dtype:
+            state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].to(dtype), state["exp_avg_sq"].to(dtype)
+        if self.masters and self.keeps_master(param) and "master" not in state:
+            state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+        if self.keeps_seed(param):
+            if "seed" not in state:
+                state["seed"] = torch.tensor(rounding.seed_of(position))
+            if state["seed"].device != state["step"].device:
+                state["seed"] = state["seed"].to(state["step"].device)
 
+    def restore_(
+        self,
+        states: MutableMapping[Tensor, dict[str, Any]],
+        loaded: Mapping[Any, dict[str, Any]],
+        keys: Sequence[Any],
+        params: Sequence[Tensor],
+    ) -> None:
+        """Put back, from a state dict that torch has loaded, what it rounded by its cast to the parameter's dtype.
 
-def keeps_seed(group: Mapping[str, Any], param: Tensor) -> bool:
-    """Return whether something of the parameter is rounded stochastically: it, or its second moment."""
-    return group["state_dtype"] is torch.bfloat16 or (group["stochastic_rounding"] and param.dtype is torch.bfloat16)
+        Args:
+            states: the optimizer's, of which those of the parameters are corrected
+            loaded: the dict's
+            keys: of the parameters in `loaded`
+            params: of the group
+        """
+        for key, param in zip(keys, params, strict=True):
+            for name, value in loaded.get(key, {}).items():
+                if name in ("step", "seed"):
+                    number = torch.as_tensor(value, dtype=torch.float32 if name == "step" else torch.int64)
+                    states[param][name] = number.to(self._device(param))
+                elif name == "master" and not self.keeps_master(param):
+                    del states[param][name]
+                elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                    dtype = torch.float32 if name == "master" else self.moment_dtype(param)
+                    states[param][name] = value.to(param.device, dtype)
 
+    def keeps_master(self, param: Tensor) -> bool:
+        """Return whether the parameter is rounded from a float32 master."""
+        return self.masters and param.dtype in _LOW
 
-def moment_dtype(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
-    """Return the dtype of the parameter's moments: by default its own, and float32 if it has less."""
-    dtype: torch.dtype | None = group["state_dtype"]
-    if dtype is None:
-        return torch.float32 if param.dtype in _LOW else param.dtype
-    return dtype.to_complex() if param.is_complex() else dtype
+    def keeps_seed(self, param: Tensor) -> bool:
+        """Return whether something of the parameter is rounded stochastically: it, or its second moment."""
+        return self.state_dtype is torch.bfloat16 or (self.rounds_params and param.dtype is torch.bfloat16)
+
+    def moment_dtype(self, param: Tensor) -> torch.dtype:
+        """Return the dtype of the parameter's moments: by default its own, and float32 if it has less."""
+        if self.state_dtype is None:
+            return torch.float32 if param.dtype in _LOW else param.dtype
+        return self.state_dtype.to_complex() if param.is_complex() else self.state_dtype
+
+    def _device(self, param: Tensor) -> torch.device | str:
+        return param.device if self.on_device else "cpu"
 
 
 def adopt(saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,27 +96,3 @@ def adopt(saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     kept = rounds if any(rounds.values()) else {}
     dtype = {} if group["state_dtype"] is None else {"state_dtype": group["state_dtype"]}
     return {**saved, **kept, **dtype}
-
-
-def restore_(
-    states: MutableMapping[Tensor, dict[str, Any]],
-    loaded: Mapping[str, Any],
-    group: dict[str, Any],
-    saved_group: dict[str, Any],
-) -> None:
-    """Put back, from a dict that torch has loaded, what it rounded by its cast to the parameter's dtype."""
-    for key, param in zip(saved_group["params"], group["params"], strict=True):
-        for name, value in loaded.get(key, {}).items():
-            if name in ("step", "seed"):
-                number = torch.as_tensor(value, dtype=torch.float32 if name == "step" else torch.int64)
-                states[param][name] = number.to(param.device if _counts_on_device(group) else "cpu")
-            elif name == "master" and not keeps_master(group, param):
-                del states[param][name]
-            elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                dtype = torch.float32 if name == "master" else moment_dtype(group, param)
-                states[param][name] = value.to(param.device, dtype)
-
-
-def _counts_on_device(group: dict[str, Any]) -> bool:
-    # Steps are counted on the host, as in torch, unless only the device knows whether a step was taken.
-    return group["capturable"] or group["fused"] or is_guarded(group)

@@ -20,7 +20,8 @@ class Backend(Protocol):
     """The functions of a backend module. `sq_norms` is (rows, 2): sums of squares of the parameters and of their updates.
 
     A backend may also have ``step(bucket, sq_norms)``, which does `accumulate` and `apply` at once for a bucket whose sums of
-    squares need no reduction between the two; that is where it can keep what it has in cache.
+    squares need no reduction between the two; that is where it can keep what it has in cache. One with a true ``COUNTS_STEPS``
+    counts `bucket.steps` itself, first thing in `accumulate` and `step`.
     """
 
     __name__: str

@@ -24,6 +24,8 @@ ABI = 1
 ISAS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+COUNTS_STEPS = True  # see `torchlamb.backends.Backend`
+
 _GRAD_SQ_NORMS, _ACCUMULATE, _APPLY, _STEP = range(4)
 _FUNCTIONS = ("torchlamb_grad_sq_norms", "torchlamb_accumulate", "torchlamb_apply", "torchlamb_step")
 _BIAS_CORRECTION, _GRAD_AVERAGING, _LAYER_ADAPTATION, _STOCHASTIC_ROUNDING = 1, 2, 4, 8
@@ -241,7 +243,7 @@ def _addresses(tensors: list[Tensor], sizes: Sequence[int]) -> array[int]:
 _ops = torch.library.Library("torchlamb", "DEF")  # type: ignore[no-untyped-call]
 _ops.define(  # type: ignore[no-untyped-call]
     "cpu_lamb_(int function, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] masters, Tensor[] steps, Tensor[] seeds, Tensor[] starts, int[] runs, Tensor(e!) out, Tensor lr, "
+    "Tensor(d!)[] masters, Tensor(e!)[] steps, Tensor[] seeds, Tensor[] starts, int[] runs, Tensor(f!) out, Tensor lr, "
     "Tensor grad_factor, Tensor? skip, float[] numbers, int flags) -> ()"
 )
 _ops.impl("cpu_lamb_", _lamb_, "CPU")  # type: ignore[no-untyped-call]

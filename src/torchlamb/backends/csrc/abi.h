@@ -45,7 +45,7 @@ struct Rows {
   void* const* exp_avgs;
   void* const* exp_avg_sqs;
   float* const* masters;       // null where there are none
-  const float* const* steps;   // counting this step already
+  float* const* steps;         // of the parameter; rows of one parameter follow each other and share it
   const int64_t* const* seeds;  // null where nothing is rounded stochastically
   const Runs* runs;             // null where seeds is
   int64_t param_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype;
@@ -60,8 +60,8 @@ TORCHLAMB_EXPORT int32_t torchlamb_abi();
 // its name.
 TORCHLAMB_EXPORT const char* torchlamb_set_isa(const char* highest);
 
-// Each returns 0, or what parallel_for returned. sq_norms: two floats for each row, sums of squares of parameter and update; out:
-// one, of the gradient.
+// Accumulate and step count the step first. Each returns 0, or what parallel_for returned. sq_norms: two floats for each
+// row, sums of squares of parameter and update; out: one, of the gradient.
 TORCHLAMB_EXPORT int32_t torchlamb_grad_sq_norms(const Rows*, const Options*, ParallelFor, float* out);
 TORCHLAMB_EXPORT int32_t torchlamb_accumulate(const Rows*, const Options*, ParallelFor, float* sq_norms);
 TORCHLAMB_EXPORT int32_t torchlamb_apply(const Rows*, const Options*, ParallelFor, float* sq_norms);

@@ -40,8 +40,11 @@ struct Step {
   ParallelFor parallel_for;
   bool skip;
 
-  Step(const Rows& rows, const Options& o, ParallelFor parallel_for)
+  Step(const Rows& rows, const Options& o, ParallelFor parallel_for, bool count)
       : rows(rows), numbers(rows.count), parallel_for(parallel_for), skip(o.skip != nullptr && *o.skip) {
+    for (int64_t row = 0; count && !skip && row < rows.count; ++row) {
+      if (row == 0 || rows.steps[row] != rows.steps[row - 1]) *rows.steps[row] += 1;
+    }
     s = {float(*o.lr),         float(o.beta1),        float(o.beta2),   float(1 - o.beta1), float(1 - o.beta2),
          float(o.weight_decay), *o.grad_factor,       float(o.phi_low), float(o.phi_high),  float(o.ratio_low),
          float(o.ratio_high),  o.flags};
@@ -133,7 +136,7 @@ const char* torchlamb_set_isa(const char* highest) {
 }
 
 int32_t torchlamb_grad_sq_norms(const Rows* rows, const Options* options, ParallelFor parallel_for, float* out) {
-  Step step(*rows, *options, parallel_for);
+  Step step(*rows, *options, parallel_for, false);
   std::vector<Chunk> chunks = step.chunks(0, rows->count);
   std::vector<double> sums(chunks.size()), totals(rows->count, 0.0);
   int32_t error =
@@ -144,17 +147,17 @@ int32_t torchlamb_grad_sq_norms(const Rows* rows, const Options* options, Parall
 }
 
 int32_t torchlamb_accumulate(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sq_norms) {
-  Step step(*rows, *options, parallel_for);
+  Step step(*rows, *options, parallel_for, true);
   return step.skip ? 0 : step.accumulate(step.chunks(0, rows->count), sq_norms);
 }
 
 int32_t torchlamb_apply(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sq_norms) {
-  Step step(*rows, *options, parallel_for);
+  Step step(*rows, *options, parallel_for, false);
   return step.skip ? 0 : step.apply(step.chunks(0, rows->count), sq_norms);
 }
 
 int32_t torchlamb_step(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sq_norms) {
-  Step step(*rows, *options, parallel_for);
+  Step step(*rows, *options, parallel_for, true);
   int32_t error = 0;
   for (int64_t first = 0, last; !step.skip && error == 0 && first < rows->count; first = last) {
     int64_t elements = 0;

@@ -4,17 +4,15 @@
 
 #include "kernels.h"
 
-#include <cmath>
-
 #include "convert.h"
+#include "vector.h"
 
 namespace {
 
 constexpr int64_t TILE = 512;  // elements; their sums are float32, those of more are float64
-constexpr int64_t LANES = 16;
 
 struct Tile {
-  alignas(64) float weight[TILE], grad[TILE], exp_avg[TILE], exp_avg_sq[TILE], update[TILE];
+  alignas(64) float weight[TILE], grad[TILE], exp_avg[TILE], exp_avg_sq[TILE], rounded[TILE];
   alignas(64) uint32_t bits[TILE];
   alignas(64) uint16_t low[TILE];
 };
@@ -52,10 +50,9 @@ float* open_weight(const Rows& rows, int64_t row, int64_t begin, int64_t n, Tile
   float* weight = open(param, rows.param_dtype, begin, n, tile.weight);
   if (rows.masters == nullptr) return weight;
   const float* master = rows.masters[row] + begin;
-  float* rounded = tile.update;  // not needed yet
   write(master, tile.low, rows.param_dtype, 0, n);
-  read(tile.low, rows.param_dtype, 0, n, rounded);
-  for (int64_t i = 0; i < n; ++i) weight[i] = weight[i] == rounded[i] ? master[i] : weight[i];
+  read(tile.low, rows.param_dtype, 0, n, tile.rounded);
+  for (int64_t i = 0; i < n; ++i) weight[i] = weight[i] == tile.rounded[i] ? master[i] : weight[i];
   return weight;
 }
 
@@ -78,79 +75,111 @@ void fill_bits(const Rows& rows, const RowNumbers& numbers, int64_t row, int64_t
   }
 }
 
-// The rule: see rule.py.
+// The rule: see rule.py. V is a Register, or a float for the last elements of a row: the same operations, so the same bits.
 
-void advance(const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n, const Scalars& s) {
-  const float factor = s.grad_factor, beta1 = s.beta1, beta2 = s.beta2, weight = s.grad_weight, weight2 = s.grad_sq_weight;
-  if (s.flags & GRAD_AVERAGING) {
-    for (int64_t i = 0; i < n; ++i) {
-      float grad = g[i] * factor;
-      m[i] += weight * (grad - m[i]);
-      v[i] = beta2 * v[i] + weight2 * (grad * grad);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      float grad = g[i] * factor;
-      m[i] = beta1 * m[i] + grad;
-      v[i] = beta2 * v[i] + weight2 * (grad * grad);
-    }
-  }
-}
+inline float square_root(float x) { return std::sqrt(x); }
 
-void compute_update(const float* __restrict w, const float* __restrict m, const float* __restrict v, float* __restrict u,
-                    int64_t n, const Scalars& s, const RowNumbers& numbers) {
-  const float eps = numbers.eps, k = numbers.k, decay = s.weight_decay;
-  if (decay == 0.0f) {  // 0 times a parameter that is not finite would not be 0
-    for (int64_t i = 0; i < n; ++i) u[i] = k * (m[i] / (std::sqrt(v[i]) + eps));
-  } else {
-    for (int64_t i = 0; i < n; ++i) u[i] = k * (m[i] / (std::sqrt(v[i]) + eps)) + decay * w[i];
-  }
-}
+struct Rule {
+  // Copies: what is stored through a float pointer could change the originals, as far as the compiler can tell.
+  const float factor, beta1, beta2, grad_weight, grad_sq_weight, eps, k, decay;
+  const bool averages, decays;
 
-// Sums of squares.
+  Rule(const Scalars& s, const RowNumbers& numbers)
+      : factor(s.grad_factor), beta1(s.beta1), beta2(s.beta2), grad_weight(s.grad_weight), grad_sq_weight(s.grad_sq_weight),
+        eps(numbers.eps), k(numbers.k), decay(s.weight_decay), averages(s.flags & GRAD_AVERAGING), decays(decay != 0.0f) {}
 
-struct Squares {
-  double lanes[LANES] = {};
-
-  void add(const float* x, int64_t n) {
-    float tile[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-      for (int64_t lane = 0; lane < LANES; ++lane) tile[lane] += x[i + lane] * x[i + lane];
-    }
-    for (int64_t lane = 0; i < n; ++i, ++lane) tile[lane] += x[i] * x[i];
-    for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += tile[lane];
+  template <class V>
+  void advance(V grad, V& exp_avg, V& exp_avg_sq) const {
+    grad *= factor;
+    exp_avg = averages ? exp_avg + grad_weight * (grad - exp_avg) : beta1 * exp_avg + grad;
+    exp_avg_sq = beta2 * exp_avg_sq + grad_sq_weight * (grad * grad);
   }
 
-  double total() const {
-    double sum = 0;
-    for (double lane : lanes) sum += lane;
-    return sum;
+  template <class V>
+  V update(V weight, V exp_avg, V exp_avg_sq) const {
+    V direction = k * (exp_avg / (square_root(exp_avg_sq) + eps));
+    return decays ? direction + decay * weight : direction;  // 0 times a weight that is not finite would not be 0
   }
 };
+
+void advance(const float* g, float* m, float* v, int64_t n, const Rule rule) {
+  for (int64_t i = 0; i < n; ++i) rule.advance(g[i], m[i], v[i]);
+}
+
+// Add up the squares of weight and update; before that, advance the moments if they are stored as they are computed.
+template <bool ADVANCE>
+void accumulate_tile(const float* g, float* m, float* v, const float* w, int64_t n, const Rule rule, Total& params,
+                     Total& updates) {
+  Squares param_squares, update_squares;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    for (int64_t r = 0; r < REGISTERS; ++r) {
+      int64_t at = i + r * WIDTH;
+      Register exp_avg = load(m + at), exp_avg_sq = load(v + at), weight = load(w + at);
+      if (ADVANCE) {
+        rule.advance(load(g + at), exp_avg, exp_avg_sq);
+        store(exp_avg, m + at);
+        store(exp_avg_sq, v + at);
+      }
+      param_squares.add(r, weight);
+      update_squares.add(r, rule.update(weight, exp_avg, exp_avg_sq));
+    }
+  }
+  float rest[LANES];
+  for (int64_t j = i; j < n; ++j) {
+    if (ADVANCE) rule.advance(g[j], m[j], v[j]);
+    rest[j - i] = rule.update(w[j], m[j], v[j]);
+  }
+  param_squares.add_rest(w + i, n - i);
+  update_squares.add_rest(rest, n - i);
+  params.add(param_squares);
+  updates.add(update_squares);
+}
+
+void subtract(float* w, const float* m, const float* v, int64_t n, const Rule rule, float size) {
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) {
+    Register weight = load(w + i);
+    store(weight - size * rule.update(weight, load(m + i), load(v + i)), w + i);
+  }
+  for (; i < n; ++i) w[i] -= size * rule.update(w[i], m[i], v[i]);
+}
 
 // Chunks.
 
 double grad_squares(const Rows& rows, const Chunk& chunk) {
   Tile tile;
-  Squares squares;
+  Total total;
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += TILE) {
-    int64_t n = chunk.end - begin < TILE ? chunk.end - begin : TILE;
-    squares.add(read(rows.grads[chunk.row], rows.grad_dtype, begin, n, tile.grad), n);
+    int64_t n = chunk.end - begin < TILE ? chunk.end - begin : TILE, i = 0;
+    const float* grad = read(rows.grads[chunk.row], rows.grad_dtype, begin, n, tile.grad);
+    Squares squares;
+    for (; i + LANES <= n; i += LANES) {
+      for (int64_t r = 0; r < REGISTERS; ++r) squares.add(r, load(grad + i + r * WIDTH));
+    }
+    squares.add_rest(grad + i, n - i);
+    total.add(squares);
   }
-  return squares.total();
+  return total.sum();
 }
 
 Sums accumulate(const Rows& rows, const Scalars& s, const RowNumbers& numbers, const Chunk& chunk) {
   Tile tile;
-  Squares params, updates;
+  Total params, updates;
+  const Rule rule(s, numbers);
   const int64_t row = chunk.row;
+  const bool as_computed = rows.exp_avg_dtype == FLOAT32 && rows.exp_avg_sq_dtype == FLOAT32;
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += TILE) {
     int64_t n = chunk.end - begin < TILE ? chunk.end - begin : TILE;
     const float* grad = read(rows.grads[row], rows.grad_dtype, begin, n, tile.grad);
     float* exp_avg = open(rows.exp_avgs[row], rows.exp_avg_dtype, begin, n, tile.exp_avg);
     float* exp_avg_sq = open(rows.exp_avg_sqs[row], rows.exp_avg_sq_dtype, begin, n, tile.exp_avg_sq);
-    advance(grad, exp_avg, exp_avg_sq, n, s);
+    const float* weight = open_weight(rows, row, begin, n, tile);
+    if (as_computed) {
+      accumulate_tile<true>(grad, exp_avg, exp_avg_sq, weight, n, rule, params, updates);
+      continue;
+    }
+    advance(grad, exp_avg, exp_avg_sq, n, rule);
     // The update is taken of the moments as they are stored: `apply` finds nothing else.
     write(exp_avg, rows.exp_avgs[row], rows.exp_avg_dtype, begin, n);
     read(rows.exp_avgs[row], rows.exp_avg_dtype, begin, n, tile.exp_avg);
@@ -160,24 +189,21 @@ Sums accumulate(const Rows& rows, const Scalars& s, const RowNumbers& numbers, c
       to_bfloat16_stochastically(exp_avg_sq, to, tile.bits, 0, n);
       from_bfloat16(to, tile.exp_avg_sq, n);
     }
-    const float* weight = open_weight(rows, row, begin, n, tile);
-    params.add(weight, n);
-    compute_update(weight, exp_avg, exp_avg_sq, tile.update, n, s, numbers);
-    updates.add(tile.update, n);
+    accumulate_tile<false>(nullptr, exp_avg, exp_avg_sq, weight, n, rule, params, updates);
   }
-  return {params.total(), updates.total()};
+  return {params.sum(), updates.sum()};
 }
 
 void apply(const Rows& rows, const Scalars& s, const RowNumbers& numbers, const Chunk& chunk, float size) {
   Tile tile;
-  const int64_t row = chunk.row, tiles = (chunk.end - chunk.begin + TILE - 1) / TILE;
-  for (int64_t t = tiles - 1; t >= 0; --t) {  // backwards: what was walked last is still in cache
-    int64_t begin = chunk.begin + t * TILE, n = chunk.end - begin < TILE ? chunk.end - begin : TILE;
+  const Rule rule(s, numbers);
+  const int64_t row = chunk.row;
+  for (int64_t begin = chunk.begin; begin < chunk.end; begin += TILE) {
+    int64_t n = chunk.end - begin < TILE ? chunk.end - begin : TILE;
     const float* exp_avg = read(rows.exp_avgs[row], rows.exp_avg_dtype, begin, n, tile.exp_avg);
     const float* exp_avg_sq = read(rows.exp_avg_sqs[row], rows.exp_avg_sq_dtype, begin, n, tile.exp_avg_sq);
     float* weight = open_weight(rows, row, begin, n, tile);
-    compute_update(weight, exp_avg, exp_avg_sq, tile.update, n, s, numbers);
-    for (int64_t i = 0; i < n; ++i) weight[i] -= size * tile.update[i];
+    subtract(weight, exp_avg, exp_avg_sq, n, rule, size);
     if (rows.masters != nullptr) std::memcpy(rows.masters[row] + begin, weight, n * sizeof(float));
     if (s.flags & ROUND_PARAMS_STOCHASTICALLY) {
       fill_bits(rows, numbers, row, begin, n, tile.bits);
