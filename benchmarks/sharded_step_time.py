@@ -13,11 +13,12 @@ import datetime
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from step_time import OPTIONS, Make, append, commit, import_alone, machine, version
+from step_time import OPTIONS, append, commit, import_alone, machine, version
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -28,8 +29,8 @@ RESULTS = Path(__file__).parent / "sharded_results.csv"
 SHAPES = [(64, 32), (64,)] * 199
 
 
-def contestants() -> dict[str, Make]:
-    found: dict[str, Make] = {
+def contestants() -> dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]:
+    found = {
         "torchlamb": lambda p: torchlamb.Lamb(p, **OPTIONS),
         "torchlamb foreach": lambda p: torchlamb.Lamb(p, **OPTIONS, foreach=True),
         "torchlamb foreach, max_grad_norm": lambda p: torchlamb.Lamb(p, **OPTIONS, foreach=True, max_grad_norm=1.0),

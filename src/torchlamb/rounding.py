@@ -41,6 +41,8 @@ class Place:
 
     def runs(self, tensor: Tensor) -> Runs:
         """Return the indices in the whole tensor of `tensor`'s elements, in the order of its memory."""
+        if tensor.shape == self.shape and tensor.is_contiguous():
+            return Runs(0, None, tensor.numel(), 1)
         strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
         outer = memory_order(tensor)
         length = stride = 1

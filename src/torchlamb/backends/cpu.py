@@ -140,11 +140,12 @@ def _call(function: int, bucket: Bucket, out: Tensor) -> None:
     handed, copied = _alike(columns)
     params, grads, exp_avgs, exp_avg_sqs, *masters = handed
     runs = [place.runs(p) for place, p in zip(bucket.places, params, strict=True)] if bucket.seeds else []
+    no_starts = torch.empty(0, dtype=torch.int64)
     call = torch.ops.torchlamb.cpu_lamb_ if torch.compiler.is_compiling() else _lamb_
     call(
         function,
         *(params, grads, exp_avgs, exp_avg_sqs, masters[0] if masters else [], bucket.steps, bucket.seeds),
-        [torch.empty(0, dtype=torch.int64) if run.starts is None else run.starts for run in runs],
+        [no_starts if run.starts is None else run.starts for run in runs],
         [number for run in runs for number in (run.first, run.length, run.stride)],
         out,
         torch.as_tensor(s.lr, dtype=torch.float64),
