@@ -23,7 +23,7 @@ import torchlamb
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import digits
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STORAGE: dict[str, dict[str, Any]] = {
     "defaults": {},
     "state_dtype=torch.bfloat16": {"state_dtype": BF16},
@@ -73,13 +73,18 @@ def accuracy(dtype: torch.dtype, storage: dict[str, Any], lr: float, seed: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--memory-only", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    fp16 = [name for name in STORAGE if "stochastic" not in name]
     runs = [(FP32, name) for name in FLOAT32] + [(BF16, name) for name in STORAGE]
+    sizes_of = [(d, g, n) for g in (FP32, BF16) for d, n in runs] + [(FP16, g, n) for g in (FP32, FP16) for n in fp16]
     print("| parameters | options | parameter | gradient | state | in all |\n|---|---|---|---|---|---|")
-    for dtype, name in runs:
-        sizes = bytes_per_parameter(dtype, dtype, STORAGE[name])
+    for dtype, grad_dtype, name in sizes_of:
+        sizes = bytes_per_parameter(dtype, grad_dtype, STORAGE[name])
         print(row(dtype, name, [f"{size:.5g}" for size in (*sizes, sum(sizes))]))
+    if args.memory_only:
+        return
     print(f"\n| parameters | options | {' | '.join(f'lr {lr}' for lr in LRS)} |\n|---|---|{'---|' * len(LRS)}")
     for dtype, name in runs:
         cells = []

@@ -27,10 +27,18 @@ def stochastic(a: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 def random_bits(seed: int, shape: tuple[int, ...], step: int) -> np.ndarray:
     """32 bits for each element of a whole tensor, by its index in row-major order."""
-    index = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64)
+    return bits_at(np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64), seed, step).reshape(shape)
+
+
+def bits_at(index: np.ndarray, seed: int, step: int) -> np.ndarray:
     key1 = mix(np.uint64(seed & 0xFFFFFFFF) ^ np.uint64(step))
     key2 = mix(np.uint64(seed >> 32) ^ key1)
-    return mix(mix((index & M32) ^ key1) ^ (index >> np.uint64(32)) ^ key2).reshape(shape)
+    return mix(mix((index & M32) ^ key1) ^ (index >> np.uint64(32)) ^ key2)
+
+
+def seed_of(position: int) -> int:
+    low = int(mix(np.uint64(position ^ 0x6C616D62)))
+    return ((int(mix(np.uint64(low ^ position))) >> 1) << 32) + low
 
 
 def mix(x: np.ndarray) -> np.ndarray:

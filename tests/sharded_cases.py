@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -234,7 +235,7 @@ def assert_bitwise_same(twins: Twins) -> None:
             assert torch.equal(whole(value), twins.twin.state[twin][name]), f"{name} of parameter {i}"
 
 
-@case(2, 3, 4, each={f"{name}-{f}": {**s, "foreach": f} for name, s in STORAGE.items() for f in (False, True)})
+@case(2, 3, 4, each={f"{name}-{f}": {**s, "foreach": f} for name, s in STORAGE.items() for f in (None, False, True)})
 def rounding_is_that_of_whole_tensors(world: int, options: dict[str, Any]) -> None:
     """Without norms all arithmetic is by element, and what is left to differ is how it is rounded: nothing may."""
     flat = mesh_of(world)
@@ -814,6 +815,8 @@ CHECKPOINTS = {
     "bfloat16": (torch.bfloat16, {}, {}),
     "guard": (torch.float32, {"flatten_optimizer_state_dict": True}, {"max_grad_norm": 1.0, "foreach": True}),
     **{name: (BF16, {}, storage) for name, storage in STORAGE.items()},
+    "float16-masters": (torch.float16, {}, STORAGE["masters"]),
+    "float32-bf16-state": (torch.float32, {}, STORAGE["bf16-state"]),
     "masters-flattened": (BF16, {"flatten_optimizer_state_dict": True}, STORAGE["masters-bf16-state"]),
     "stochastic-flattened": (BF16, {"flatten_optimizer_state_dict": True}, STORAGE["stochastic-bf16-state"]),
 }
@@ -885,6 +888,31 @@ def whole_state_dicts_are_sharded_and_back(world: int) -> None:
     assert_states(whole_state(again, again_optimizer), whole_state(model, optimizer), 0.0)
     step_on(whole_model, whole_optimizer, range(3, 6))
     assert_states(whole_state(again, again_optimizer), whole_state(whole_model, whole_optimizer), 1e-6)
+
+
+@case(2)
+def a_float32_checkpoint_is_gone_on_with_in_bf16(world: int) -> None:
+    """The file has no masters: they start from the loaded parameters, not from those of torch's hidden step."""
+    mesh, folders = mesh_of(world), [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    model, optimizer = make_on(world, mesh, torch.float32)
+    step_on(model, optimizer, range(3))
+    dcp.save(
+        {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
+        checkpoint_id=folders[0],
+    )
+    low, masters = make_on(world, mesh, BF16, master_weights=True)
+    state = {"model": get_model_state_dict(low), "optimizer": get_optimizer_state_dict(low, masters)}
+    dcp.load(state, checkpoint_id=folders[0], planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_model_state_dict(low, state["model"])
+    set_optimizer_state_dict(low, masters, state["optimizer"])
+    for group in masters.param_groups:
+        assert group["master_weights"]
+        group["lr"] = 0.0
+    step_on(low, masters, range(1))
+    for p, q in zip(model.parameters(), low.parameters(), strict=True):
+        assert torch.equal(whole(q), whole(p).to(BF16))
+        assert torch.equal(whole(masters.state[q]["master"]), whole(p).to(BF16).float())
 
 
 @case(2)

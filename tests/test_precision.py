@@ -22,7 +22,7 @@ from cases import (
     use_two_phases,
 )
 from reference import Reference
-from rounding_reference import nearest, random_bits, stochastic
+from rounding_reference import bits_at, nearest, random_bits, seed_of, stochastic
 from torch import Tensor, nn
 
 import torchlamb
@@ -76,7 +76,7 @@ class Rounded:
     """The reference's `store`: rounds what is stored in 16 bits, and nothing else."""
 
     def __init__(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        self.seeds = [rounding.seed_of(i) for i in range(len(params))]
+        self.seeds = [seed_of(i) for i in range(len(params))]
         self.params, self.group = params, group
 
     def __call__(self, name: str, i: int, t: int, a: np.ndarray) -> np.ndarray:
@@ -198,8 +198,10 @@ def test_random_bits_are_the_documented_ones():
         for as_number in (lambda x: x, torch.tensor):
             got = rounding.random_bits(torch.arange(1000), rounding.keys(as_number(seed), as_number(step)))
             assert np.array_equal(got.numpy().astype(np.uint64), wanted)
-    far = torch.tensor([5, 5 + 2**32, 5 + 2**40])
-    assert rounding.random_bits(far, rounding.keys(rounding.seed_of(0), 1)).unique().numel() == 3
+    assert all(rounding.seed_of(position) == seed_of(position) for position in (0, 1, 1000))
+    far = np.array([5, 5 + 2**32, 7 + 2**40, 2**45 - 1], dtype=np.uint64)
+    got = rounding.random_bits(torch.from_numpy(far.astype(np.int64)), rounding.keys(rounding.seed_of(0), 1))
+    assert np.array_equal(got.numpy().astype(np.uint64), bits_at(far, rounding.seed_of(0), 1))
 
 
 def test_random_bits_are_spread_evenly_and_do_not_depend_on_each_other():
@@ -239,7 +241,9 @@ def test_rounding_has_the_right_mean_and_variance(share, sign):
 
 def test_what_is_not_finite_stays():
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 3.3e38])
+    payload = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
     for bits in (0, 1, 2**16 - 1):
+        assert rounding.to_bfloat16(payload, torch.full((3,), bits)).isnan().all()
         got = rounding.to_bfloat16(special, torch.full((6,), bits))
         assert torch.equal(got[:2], special[:2].bfloat16())
         assert got[2].isnan()
@@ -388,6 +392,50 @@ def test_a_loaded_model_is_not_overwritten():
         assert torch.equal(optimizer.state[p]["master"], wanted.float())
 
 
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_elements_that_were_not_finite_can_be_set_anew(case, bad, monkeypatch):
+    use_two_phases(monkeypatch, case)
+    p = nn.Parameter(torch.tensor([1.0, bad], dtype=BF16))
+    optimizer = torchlamb.Lamb([p], lr=0.125, master_weights=True, layer_adaptation=False, eps=0.0, **case.options)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not p[1].isfinite()
+    with torch.no_grad():
+        p[1] = 2.0
+    optimizer.step()
+    assert optimizer.state[p]["master"].tolist() == pytest.approx([0.75, 1.875], rel=1e-6)
+
+
+def test_only_what_is_rounded_has_a_seed_or_a_master():
+    low, full = nn.Parameter(torch.ones(3, dtype=BF16)), nn.Parameter(torch.ones(3))
+    for storage, key in ((STORAGE["stochastic"], "seed"), (STORAGE["masters"], "master")):
+        optimizer = torchlamb.Lamb([low, full], **storage)
+        low.grad, full.grad = torch.ones_like(low), torch.ones_like(full)
+        optimizer.step()
+        assert key in optimizer.state[low]
+        assert key not in optimizer.state[full]
+    optimizer.param_groups[0]["master_weights"] = False
+    optimizer.step()
+    assert "master" not in optimizer.state[low], "it would be saved and never used"
+
+
+def test_a_seed_and_a_master_may_be_given_before_the_first_step():
+    p, q = (nn.Parameter(torch.full((1000,), 1.0, dtype=BF16)) for _ in range(2))
+    optimizer = torchlamb.Lamb([p, q], lr=1e-3, stochastic_rounding=True)
+    optimizer.state[p]["seed"] = torch.tensor(5)
+    optimizer.state[q]["seed"] = torch.tensor(5)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    assert torch.equal(p, q)
+    p = nn.Parameter(torch.full((4,), 1.0, dtype=BF16))
+    optimizer = torchlamb.Lamb([p], lr=0.0, master_weights=True)
+    optimizer.state[p]["master"] = torch.full((4,), 1.001)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["master"], torch.full((4,), 1.001))
+
+
 def test_masters_that_are_not_finite():
     p = nn.Parameter(torch.tensor([1.0, 6e4], dtype=FP16))
     optimizer = torchlamb.Lamb([p], lr=10.0, master_weights=True, layer_adaptation=False)
@@ -434,15 +482,23 @@ def assert_same_state(a: torchlamb.Lamb, b: torchlamb.Lamb) -> None:
             assert torch.equal(value, other), key
 
 
-@pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE)
+DTYPES_AND_STORAGE = [
+    pytest.param(dtype, storage, id=f"{name_of(dtype)}-{name}")
+    for dtype in (BF16, FP16, FP32, FP64)
+    for name, storage in STORAGE.items()
+    if not (dtype is FP16 and "stochastic_rounding" in storage)
+]
+
+
+@pytest.mark.parametrize(("dtype", "storage"), DTYPES_AND_STORAGE)
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"capturable": True, "max_grad_norm": 0.5}], ids=str)
 @pytest.mark.parametrize("told", [True, False])
-def test_resumed_bitwise(storage, options, told):
-    model = bf16_model()
+def test_resumed_bitwise(dtype, storage, options, told):
+    model = bf16_model().to(dtype)
     optimizer = torchlamb.Lamb(model.parameters(), **options, **storage)
     train(model, optimizer, range(5))
     saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    other = bf16_model(seed=1)
+    other = bf16_model(seed=1).to(dtype)
     other.load_state_dict(saved["model"])
     resumed = torchlamb.Lamb(other.parameters(), **(storage if told else {}))  # what it is not told, it takes from the file
     resumed.load_state_dict(saved["optimizer"])
@@ -478,15 +534,17 @@ def test_from_float32_to_bf16_with_masters_and_back():
     low = bf16_model(seed=1)
     low.load_state_dict(saved["model"])  # rounds
     masters = torchlamb.Lamb(low.parameters(), master_weights=True, state_dtype=FP32)
-    for i, weight in enumerate(saved["model"].values()):
-        saved["optimizer"]["state"][i]["master"] = weight
+    for i, p in enumerate(model.parameters()):
+        saved["optimizer"]["state"][i]["master"] = p.detach()
     masters.load_state_dict(saved["optimizer"])
     assert masters.param_groups[0]["master_weights"], "how it stores things is not taken from the file"
     for p, q in zip(low.parameters(), model.parameters(), strict=True):
         assert torch.equal(masters.state[p]["master"], q)
         assert torch.equal(p, q.to(BF16))
         assert torch.equal(masters.state[p]["exp_avg_sq"], optimizer.state[q]["exp_avg_sq"])
+    before = copy.deepcopy(model.state_dict())
     train(low, masters, range(3, 6))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "masters are copies"
 
     back = through_file({"optimizer": masters.state_dict()})
     again = bf16_model(seed=2).float()
@@ -544,6 +602,23 @@ def test_loading_keeps_how_this_run_stores_things(own, saved, wanted):
     for p in other.parameters():
         assert ("master" in resumed.state[p]) == wanted[0]
         assert resumed.state[p]["exp_avg"].dtype == (wanted[2] or FP32)
+
+
+def test_loading_checks_that_storage_fits_the_parameters():
+    bf16, fp16 = (nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in LOW)
+    saved = torchlamb.Lamb([bf16], stochastic_rounding=True).state_dict()
+    optimizer = torchlamb.Lamb([fp16])
+    with pytest.raises(TypeError, match="use master_weights"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.param_groups[0]["stochastic_rounding"]
+
+
+def test_a_dict_without_our_options_leaves_those_of_the_group():
+    model = bf16_model()
+    adam = torch.optim.Adam(model.parameters())
+    optimizer = torchlamb.Lamb([{"params": list(model.parameters()), "master_weights": False}], master_weights=True)
+    optimizer.load_state_dict(adam.state_dict())
+    assert not optimizer.param_groups[0]["master_weights"]
 
 
 def test_options_may_be_changed_between_steps():

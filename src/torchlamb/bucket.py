@@ -241,11 +241,11 @@ def squares_without_grad(
     Frozen parameters are left out: no process has a gradient of them.
     """
     sums: dict[int, Tensor] = {}
-    params = [(p, group["blocks"]) for group in groups for p in group["params"]]
-    for index, (p, blocks) in enumerate(params):
+    params = [(p, group["blocks"], group["master_weights"]) for group in groups for p in group["params"]]
+    for index, (p, blocks, masters) in enumerate(params):
         if p.grad is None and p.requires_grad and plan.groups_of(index):
             dtype = torch.promote_types(p.dtype, torch.float32).to_real()
-            shard, master = local(p.detach()), state[p].get("master") if p in state else None
+            shard, master = local(p.detach()), state[p].get("master") if masters and p in state else None
             shards = cut(shard if master is None else weight(shard, local(master), dtype), blocks, plan.cuts_of(index))
             sums[index] = torch.stack([rule.sum_of_squares([cast(x, dtype) for (x,) in pieces(shard)]) for shard in shards])
     return sums

@@ -273,7 +273,9 @@ class Lamb(Optimizer):
         dropped.
 
         Raises:
-            ValueError: groups or their sizes differ; nothing has changed then
+            ValueError: groups or their sizes differ
+            TypeError, ValueError, RuntimeError, NotImplementedError: options are wrong, or do not fit the parameters; as with
+                all of these, nothing has changed then
         """
         loaded: list[StateDict] = []
 
@@ -281,7 +283,10 @@ class Lamb(Optimizer):
             saved = state_dict["param_groups"]
             if len(saved) == len(self.param_groups):  # else torch says so
                 saved = [adopt(*groups) for groups in zip(saved, self.param_groups, strict=True)]
-            check_alike([self._checked_options(group) for group in saved], self.defaults)
+            checked = [self._checked_options(group) for group in saved]
+            check_alike(checked, self.defaults)
+            for i, (options, group) in enumerate(zip(checked, self.param_groups, strict=False)):
+                check_params({**group, **options}, i)
             loaded.append({**state_dict, "param_groups": saved})
             return loaded[-1]
 

@@ -35,7 +35,7 @@ def check(options: dict[str, Any]) -> dict[str, Any]:
     if plain["master_weights"] and plain["stochastic_rounding"]:
         raise ValueError(
             "master_weights=True and stochastic_rounding=True exclude each other: what has a float32 master is rounded from it "
-            "to nearest; set one of them"
+            "to nearest; set one of them to False, in this group too"
         )
     if plain["differentiable"]:
         for name, default in STORAGE.items():

@@ -30,7 +30,7 @@ class Storage:
     def fill_(self, state: dict[str, Any], param: Tensor, position: int) -> None:
         """Make what the parameter needs and has not stored yet, and bring the rest to the dtype and device it should have."""
         dtype = self.moment_dtype(param)
-        if not state:
+        if "exp_avg" not in state:  # a seed or a master may have been set before the first step
             state["step"] = torch.zeros((), dtype=torch.float32, device=self._device(param))
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
@@ -38,8 +38,11 @@ class Storage:
             state["step"] = state["step"].to(param.device)
         if state["exp_avg"].dtype is not dtype or state["exp_avg_sq"].dtype is not dtype:
             state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].to(dtype), state["exp_avg_sq"].to(dtype)
-        if self.masters and self.keeps_master(param) and "master" not in state:
-            state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+        if self.keeps_master(param):
+            if "master" not in state:
+                state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+        else:
+            state.pop("master", None)
         if self.keeps_seed(param):
             if "seed" not in state:
                 state["seed"] = torch.tensor(rounding.seed_of(position))
@@ -69,8 +72,10 @@ class Storage:
                 elif name == "master" and not self.keeps_master(param):
                     del states[param][name]
                 elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                    dtype = torch.float32 if name == "master" else self.moment_dtype(param)
-                    states[param][name] = value.to(param.device, dtype)
+                    # Moments are shared with the dict, as in torch. Masters are copied: a dict may have been given weights.
+                    is_master = name == "master"
+                    dtype = torch.float32 if is_master else self.moment_dtype(param)
+                    states[param][name] = value.to(param.device, dtype, copy=is_master)
 
     def keeps_master(self, param: Tensor) -> bool:
         """Return whether the parameter is rounded from a float32 master."""
@@ -91,8 +96,12 @@ class Storage:
 
 
 def adopt(saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a loaded group's options with how this group stores things, as far as that is not by default."""
+    """Return a loaded group's options with this group's where it has none, and with how this one stores things.
+
+    The latter as far as it is not by default.
+    """
     rounds = {name: group[name] for name in ("master_weights", "stochastic_rounding")}  # of which one excludes the other
     kept = rounds if any(rounds.values()) else {}
     dtype = {} if group["state_dtype"] is None else {"state_dtype": group["state_dtype"]}
-    return {**saved, **kept, **dtype}
+    own = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    return {**own, **saved, **kept, **dtype}
