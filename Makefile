@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench sanitize clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/digits.py
@@ -24,6 +24,13 @@ check: .venv/test.stamp
 
 bench: .venv/test.stamp
 	$(BIN)/python benchmarks/step_time.py
+
+# The kernels with the address and undefined behaviour sanitizers, on every combination of dtypes and options.
+sanitize: .venv/test.stamp
+	cmake -S src/torchlamb/backends/csrc -B build/sanitized -DTORCHLAMB_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
+	cmake --build build/sanitized
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python tests/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
 
 clean:
 	rm -rf .venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

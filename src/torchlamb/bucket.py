@@ -68,6 +68,33 @@ class Bucket:
         """Those of parameters, gradients and moments, which each have one for all rows."""
         return [column[0].dtype for column in (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs)]
 
+    def check(self) -> None:
+        """Raise if the tensors of a row do not fit each other, or if they have no memory on a CPU, which kernels would not notice.
+
+        Raises:
+            RuntimeError: with the parameter's position in the optimizer
+        """
+        if self.steps[0].device not in (self.device, torch.device("cpu")):  # one device for all of them
+            raise RuntimeError(f"the step of parameter {self.indices[0]} is on {self.steps[0].device}, and it on {self.device}")
+        shapes = [p.shape for p in self.params]
+        columns = {"gradient": self.grads, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "master": self.masters}
+        for name, column in columns.items():
+            if column and ([t.shape for t in column] != shapes or any(t.device != self.device for t in column)):
+                for index, p, t in zip(self.indices, self.params, column, strict=True):
+                    if t.shape != p.shape or t.device != p.device:
+                        raise RuntimeError(
+                            f"parameter {index} has shape {tuple(p.shape)} on {p.device}, and its {name} {tuple(t.shape)} on "
+                            f"{t.device}; a parameter that was resized or moved needs a new optimizer"
+                        )
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            for column in (self.params, *columns.values()):
+                for index, t in zip(self.indices, column, strict=False):
+                    if t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.itemsize:
+                        raise RuntimeError(
+                            f"a tensor of parameter {index} is larger than its storage, which was freed or resized; restore it "
+                            "before step()"
+                        )
+
     def new_sq_norms(self) -> Tensor:
         """Return zeros of shape (rows, 2): sums of squares of the parameters and of their updates."""
         return torch.zeros(len(self), 2, dtype=self.dtype, device=self.device)
@@ -296,7 +323,7 @@ def is_small(param: Tensor) -> bool:
 
 def cut(tensor: Tensor, blocks: int, cuts: Cuts | None) -> list[Tensor]:
     """Return the blocks of a local tensor, complex numbers as real pairs. Without `cuts` they are equal parts."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if blocks == 1:
         return [real]
     # `narrow` and not `chunk`: autograd forbids writing to one of several views of a single call.

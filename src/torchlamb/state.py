@@ -36,11 +36,15 @@ class Storage:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         elif self.on_device and state["step"].device != param.device:  # never back: it may be compiled for
             state["step"] = state["step"].to(param.device)
+        if state["step"].dtype is not torch.float32:
+            state["step"] = state["step"].to(torch.float32)
         if state["exp_avg"].dtype is not dtype or state["exp_avg_sq"].dtype is not dtype:
             state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].to(dtype), state["exp_avg_sq"].to(dtype)
         if self.keeps_master(param):
             if "master" not in state:
                 state["master"] = param.detach().to(torch.float32, memory_format=torch.preserve_format)
+            elif state["master"].dtype is not torch.float32:
+                state["master"] = state["master"].to(torch.float32)
         else:
             state.pop("master", None)
         if self.keeps_seed(param):

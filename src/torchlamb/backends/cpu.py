@@ -1,7 +1,7 @@
 """The CPU's kernels: C++ in csrc/, which walks memory as seldom as the rule allows, on torch's own threads.
 
-This file finds the library, and checks tensors before it hands their addresses over. It must not know of groups; the arithmetic
-is in csrc/kernels.cpp, which follows `torchlamb.rule` and is held to it by tests.
+This file finds the library and hands over the addresses of tensors. It must not know of groups; the arithmetic is in
+csrc/kernels.cpp, which follows `torchlamb.rule` and is held to it by tests.
 """
 
 from __future__ import annotations
@@ -61,17 +61,26 @@ class _Library:
         self.why_not = "they are not loaded yet"
         self.functions: Sequence[ctypes._NamedFuncPointer] = ()
         self.parallel_for: int | None = None
-        self.process = 0  # in which torch's threads are; a forked child does not have them
+        self.forked = False
+        self.is_loaded = False
 
     def load(self) -> None:
-        """Load them, once; the reason is kept where that fails."""
-        if self.isa or self.process:
+        """Load them, once; the reason is kept where that fails.
+
+        Raises:
+            ValueError: TORCHLAMB_CPU_ISA is not one of `ISAS`
+        """
+        if self.is_loaded:
             return
-        self.process = os.getpid()
         try:
             self._load()
         except OSError as error:
             self.why_not = f"they cannot be loaded: {error}"
+        self.is_loaded = True
+
+    def forget_threads(self) -> None:
+        """Run on one thread from now on: torch's others are not in a forked child, and waiting for them would never end."""
+        self.forked, self.parallel_for = True, None
 
     def _load(self) -> None:
         highest = os.environ.get("TORCHLAMB_CPU_ISA", ISAS[-1])
@@ -93,10 +102,12 @@ class _Library:
         kernels.torchlamb_set_isa.restype = ctypes.c_char_p
         self.isa = kernels.torchlamb_set_isa(highest.encode()).decode()
         self.functions = [getattr(kernels, name) for name in _FUNCTIONS]
-        self.parallel_for = ctypes.cast(parallel_for, ctypes.c_void_p).value  # type: ignore[arg-type]
+        self.parallel_for = None if self.forked else ctypes.cast(parallel_for, ctypes.c_void_p).value  # type: ignore[arg-type]
 
 
 library = _Library()
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=library.forget_threads)
 
 
 def why_not(dtypes: Sequence[torch.dtype]) -> str | None:
@@ -181,8 +192,8 @@ def _lamb_(
     """Call a kernel with the tensors' addresses."""
     sizes = [p.numel() for p in params]
     lengths = array("q", sizes)
-    tensors = [_addresses(column, sizes) for column in (params, grads, exp_avgs, exp_avg_sqs)]
-    others = [_addresses(column, sizes) if column else None for column in (masters, steps, seeds)]
+    tensors = [_addresses(column) for column in (params, grads, exp_avgs, exp_avg_sqs)]
+    others = [_addresses(column) if column else None for column in (masters, steps, seeds)]
     table = (_Runs * len(seeds))(
         *(_Runs(runs[3 * i], start.data_ptr(), *runs[3 * i + 1 : 3 * i + 3]) for i, start in enumerate(starts))
     )
@@ -194,10 +205,8 @@ def _lamb_(
         *(DTYPES[column[0].dtype] for column in (params, grads, exp_avgs, exp_avg_sqs)),
     )
     options = _Options(*numbers, flags, lr.data_ptr(), grad_factor.data_ptr(), None if skip is None else skip.data_ptr())
-    # In a forked child torch's threads are gone, and waiting for them would never end.
-    parallel_for = library.parallel_for if library.process == os.getpid() else None
     error = library.functions[function](
-        ctypes.byref(rows), ctypes.byref(options), ctypes.c_void_p(parallel_for), ctypes.c_void_p(out.data_ptr())
+        ctypes.byref(rows), ctypes.byref(options), ctypes.c_void_p(library.parallel_for), ctypes.c_void_p(out.data_ptr())
     )
     if error:
         raise RuntimeError("torch_parallel_for failed; what the step has done until then stays")
@@ -205,40 +214,24 @@ def _lamb_(
 
 def _alike(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
     """Return the tensors, each row's in one dense layout, and the rows that had to be copied for that."""
-    copied = []
-    for row, tensors in enumerate(zip(*columns, strict=True)):
-        first = tensors[0]
-        shape = first.shape
-        contiguous = True
-        for t in tensors:
-            if t.shape != shape or not t.is_cpu:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(shape)} has a gradient or state of shape {tuple(t.shape)} on {t.device}; a "
-                    "resized parameter needs a new optimizer"
-                )
-            contiguous = contiguous and t.is_contiguous()
-        if not contiguous and not _lie_alike(tensors):
-            copied.append(row)
-    if not copied:
-        return columns, copied
+    if all(t.is_contiguous() for column in columns for t in column) and not any(t.is_neg() for t in columns[1]):
+        return columns, []
+    copied = [row for row, tensors in enumerate(zip(*columns, strict=True)) if not _lie_alike(tensors)]
     handed = [list(column) for column in columns]
     for column in handed:
         for row in copied:
-            column[row] = column[row].clone(memory_format=torch.contiguous_format)
+            column[row] = column[row].clone(memory_format=torch.contiguous_format).resolve_neg()
     return handed, copied
 
 
 def _lie_alike(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     dense = first.permute(memory_order(first)).is_contiguous()
-    return dense and all(t.stride() == first.stride() for t in tensors)
+    return dense and all(t.stride() == first.stride() and not t.is_neg() for t in tensors)
 
 
-def _addresses(tensors: list[Tensor], sizes: Sequence[int]) -> array[int]:
-    addresses = array("Q", [t.data_ptr() for t in tensors])
-    if 0 in addresses and any(size and not address for address, size in zip(addresses, sizes, strict=True)):
-        raise RuntimeError("a tensor of the step has no memory: its storage was freed, or it is a meta tensor")
-    return addresses
+def _addresses(tensors: list[Tensor]) -> array[int]:
+    return array("Q", [t.data_ptr() for t in tensors])
 
 
 _ops = torch.library.Library("torchlamb", "DEF")  # type: ignore[no-untyped-call]
