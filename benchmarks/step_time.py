@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import math
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -287,7 +288,9 @@ def row(name: str, contestant: Contestant, shapes: str, device: str, times: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["bert-base", "400-tiny"])
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="contestants whose name has one of these words in it")
+    parser.add_argument(
+        "--only", nargs="+", metavar="REGEX", help="contestants in whose name one of these is found; AdamW fused always"
+    )
     parser.add_argument("--rounds", type=int, default=21, help="steps timed for each optimizer (default: 21)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry", action="store_true", help=f"do not append to {RESULTS.name}")
@@ -304,7 +307,7 @@ def main() -> None:
     if args.device == "cpu" and floors() is not None:
         entered |= FLOORS
     if args.only:
-        entered = {n: c for n, c in entered.items() if n == "AdamW fused" or any(word in n for word in args.only)}
+        entered = {n: c for n, c in entered.items() if n == "AdamW fused" or any(re.search(word, n) for word in args.only)}
     rows = []
     for shapes in args.shapes:
         times = measure(entered, SHAPES[shapes], args.rounds, args.device)
