@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import math
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -189,8 +190,10 @@ def measure(entered: dict[str, Contestant], shapes: Shapes, rounds: int, device:
     params = {dtype: make_params(shapes, device, dtype) for dtype in {c.dtype for c in entered.values()}}
     steppers = {name: contestant.make(params[contestant.dtype]) for name, contestant in entered.items()}
     times: dict[str, list[float]] = {name: [] for name in steppers}
+    shuffled = random.Random(0)
     for turn in range(rounds + 1):
-        for name, stepper in steppers.items():
+        # In another order each time: a neighbour whose threads are still spinning slows the one that follows.
+        for name, stepper in shuffled.sample(list(steppers.items()), len(steppers)):
             synchronize()
             start = time.perf_counter()
             stepper.step()

@@ -69,7 +69,7 @@ class Bucket:
         return [column[0].dtype for column in (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs)]
 
     def check(self) -> None:
-        """Raise if the tensors of a row do not fit each other, or if they have no memory on a CPU, which kernels would not notice.
+        """Raise if the tensors of a row do not fit each other, or have no memory on a CPU, which kernels would not notice.
 
         Raises:
             RuntimeError: with the parameter's position in the optimizer
