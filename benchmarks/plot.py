@@ -1,4 +1,4 @@
-"""Draws the newest rows of results.csv for one set of shapes: `python benchmarks/plot.py --shapes bert-base --out FILE.png`."""
+"""Draws the newest rows of results.csv for one set of shapes: `python benchmarks/plot.py --shapes bert-base`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent / "results.csv"
 
 
-def newest_rows(shapes: str) -> list[dict[str, str]]:
+def newest_rows(shapes: str, commit: str | None) -> list[dict[str, str]]:
     with RESULTS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["shapes"] == shapes]
+        rows = [row for row in csv.DictReader(file) if row["shapes"] == shapes and commit in (None, row["commit"])]
     if not rows:
         raise SystemExit(f"{RESULTS} has no rows for {shapes}; run step_time.py --shapes {shapes} first")
     return [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
@@ -44,9 +44,10 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="bert-base")
+    parser.add_argument("--commit", help="of the rows (default: that of the newest)")
     parser.add_argument("--out", type=Path, default=Path("docs/images/step_time.png"))
     args = parser.parse_args()
-    draw(newest_rows(args.shapes), args.out)
+    draw(newest_rows(args.shapes, args.commit), args.out)
     print(args.out)
 
 

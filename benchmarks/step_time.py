@@ -254,8 +254,11 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """Return the commit that is checked out, "-dirty" if more than earlier measurements differs from it."""
+    sha = ["git", "rev-parse", "--short", "HEAD"]
+    changes = ["git", "status", "--porcelain", "--", ":/", ":!/benchmarks/*.csv", ":!/docs/images"]
+    found, changed = (subprocess.run(c, cwd=HERE, capture_output=True, text=True, check=False).stdout for c in (sha, changes))
+    return f"{found.strip() or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def least_bytes(contestant: Contestant, shapes: Shapes) -> int:
