@@ -47,6 +47,17 @@ BACKENDS = [
     BackendCase("foreach-capturable-two-phase", {"foreach": True, "capturable": True}, True),
 ]
 BACKEND_PARAMS = [pytest.param(case, id=case.name) for case in BACKENDS]
+# Other layouts with the fixed numbers only in `make test`, and without the capturable forms, which walk memory no otherwise.
+LAYOUT_BACKENDS_AND_SEEDS = [
+    pytest.param(
+        case,
+        *seed.values,
+        id=f"{case.name}-{seed.id}",
+        marks=[pytest.mark.slow] if seed.id == "fresh" or case.options.get("capturable") else [],
+    )
+    for seed in SEEDS
+    for case in BACKENDS
+]
 # In every form with the fixed numbers; with fresh ones, `make test` takes the plain forms.
 BACKENDS_AND_SEEDS = [
     pytest.param(

@@ -51,6 +51,7 @@ from torchlamb.sharding import local
 
 Case = Callable[[int], None]
 CASES: dict[str, tuple[Case, tuple[int, ...]]] = {}
+SLOW: set[str] = set()  # those that `make test` leaves out
 TIMEOUT = 60  # seconds a collective waits for the others
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -74,7 +75,9 @@ STORAGE: dict[str, dict[str, Any]] = {
 }
 
 
-def case(*worlds: int, each: dict[str, Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def case(
+    *worlds: int, each: dict[str, Any] | None = None, slow: Callable[[str], bool] = lambda _: False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a case for these world sizes, once for each entry of `each`, whose value it is then given too."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -83,6 +86,8 @@ def case(*worlds: int, each: dict[str, Any] | None = None) -> Callable[[Callable
             CASES[name] = (function, worlds)
         for key, value in (each or {}).items():
             CASES[f"{name}[{key}]"] = (lambda world, value=value: function(world, value), worlds)
+            if slow(key):
+                SLOW.add(f"{name}[{key}]")
         return function
 
     return register
@@ -216,7 +221,10 @@ def other_dtypes(world: int, dtype: torch.dtype) -> None:
     twins.assert_same({torch.float64: 1e-14, torch.bfloat16: 2e-3}.get(dtype, 1e-6))
 
 
-@case(2, 3, 4, each={f"{name}-{f}": {**s, "foreach": f} for name, s in STORAGE.items() for f in (False, True)})
+BACKENDS = {f"{name}-{f}": {**s, "foreach": f} for name, s in STORAGE.items() for f in (None, False, True)}
+
+
+@case(2, 3, 4, each=BACKENDS, slow=lambda key: not key.endswith("None"))
 def low_precision(world: int, options: dict[str, Any]) -> None:
     twins = Twins([{"params": random_params(layouts(world), BF16)}], lr=0.05, weight_decay=0.1, **options)
     for step in range(5):
@@ -235,7 +243,7 @@ def assert_bitwise_same(twins: Twins) -> None:
             assert torch.equal(whole(value), twins.twin.state[twin][name]), f"{name} of parameter {i}"
 
 
-@case(2, 3, 4, each={f"{name}-{f}": {**s, "foreach": f} for name, s in STORAGE.items() for f in (None, False, True)})
+@case(2, 3, 4, each=BACKENDS, slow=lambda key: not key.startswith("stochastic-bf16-state"))
 def rounding_is_that_of_whole_tensors(world: int, options: dict[str, Any]) -> None:
     """Without norms all arithmetic is by element, and what is left to differ is how it is rounded: nothing may."""
     flat = mesh_of(world)
@@ -822,7 +830,7 @@ CHECKPOINTS = {
 }
 
 
-@case(4, each=CHECKPOINTS)
+@case(4, each=CHECKPOINTS, slow=lambda key: key not in ("plain", "flattened", "guard", "masters-bf16-state"))
 def checkpoints_are_resumed_on_other_numbers_of_processes(
     _: int, kind: tuple[torch.dtype, dict[str, bool], dict[str, Any]]
 ) -> None:
@@ -963,7 +971,7 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     results: dict[str, str | None] = {}
     for name, (function, worlds) in CASES.items():
-        if world not in worlds or (wanted and not any(word in name for word in wanted)):
+        if world not in worlds or (wanted and name not in wanted):
             continue
         try:
             function(world)

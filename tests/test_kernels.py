@@ -570,6 +570,15 @@ def test_lazily_conjugated_gradients_are_stepped_with(options):
     torchlamb.Lamb([p], lr=0.1, **options).step()
 
 
+def test_empty_tensors_have_no_memory():
+    p = nn.Parameter(torch.ones(4)[4:])
+    p.untyped_storage().resize_(0)
+    p.grad = torch.ones(0)
+    optimizer = torchlamb.Lamb([p], fused=True)
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 1.0
+
+
 def freed_unaligned(p, _):
     p.data = torch.ones(13, dtype=p.dtype)[1:].view(4, 3)
     p.untyped_storage().resize_(0)

@@ -12,6 +12,7 @@ from cases import (
     BACKENDS_AND_SEEDS,
     DEFAULTS,
     DTYPES,
+    LAYOUT_BACKENDS_AND_SEEDS,
     LAYOUTS,
     OPTIONS,
     ROUNDING,
@@ -126,7 +127,7 @@ def test_options(case, dtype, options, seed, monkeypatch, record_share):
     record_share(case.name, str(dtype), check(reference, params, dtype))
 
 
-@pytest.mark.parametrize(("case", "seed"), BACKENDS_AND_SEEDS)
+@pytest.mark.parametrize(("case", "seed"), LAYOUT_BACKENDS_AND_SEEDS)
 @pytest.mark.parametrize(("dtype", "layout"), LAYOUT_DTYPES)
 @pytest.mark.parametrize("options", LAYOUT_OPTIONS, ids=["some", "everything"])
 @pytest.mark.usefixtures("small_pieces")

@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from sharded_cases import CASES
+from sharded_cases import CASES, SLOW
 
 WORLDS = (2, 3, 4)
 LIMIT = 240  # seconds for all cases of a world
 
 
-def run_world(world: int, out: Path) -> None:
+def is_slow(world: int, name: str) -> bool:
+    return world == 3 or name in SLOW
+
+
+def run_world(world: int, names: list[str], out: Path) -> None:
     """Start the processes, and stop all of them at the limit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +30,7 @@ def run_world(world: int, out: Path) -> None:
         environment = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with (out / f"log{rank}").open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("sharded_cases.py")), str(out)],
+                [sys.executable, str(Path(__file__).with_name("sharded_cases.py")), str(out), *names],
                 env={**os.environ, **{key: str(value) for key, value in environment.items()}},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -46,18 +50,20 @@ def run_world(world: int, out: Path) -> None:
 @pytest.fixture(scope="session")
 def outcome(tmp_path_factory):
     """What every process of a world wrote of a case: a traceback, or nothing."""
-    folders: dict[int, Path] = {}
+    folders: dict[tuple[int, bool], Path] = {}
 
     def look_up(world: int, name: str) -> str:
-        if world not in folders:
-            folders[world] = tmp_path_factory.mktemp(f"world{world}")
-            run_world(world, folders[world])
-        found = []
+        slow = is_slow(world, name)
+        if (world, slow) not in folders:
+            folders[world, slow] = tmp_path_factory.mktemp(f"world{world}")
+            names = [n for n, (_, worlds) in CASES.items() if world in worlds and is_slow(world, n) == slow]
+            run_world(world, names, folders[world, slow])
+        folder, found = folders[world, slow], []
         for rank in range(world):
-            path = folders[world] / f"rank{rank}.json"
+            path = folder / f"rank{rank}.json"
             results = json.loads(path.read_text()) if path.exists() else {}
             if name not in results:
-                end = (folders[world] / f"log{rank}").read_text()[-2000:]
+                end = (folder / f"log{rank}").read_text()[-2000:]
                 found.append(f"process {rank} of {world} ended or was stopped before this case:\n{end}")
             elif results[name] is not None:
                 found.append(f"process {rank} of {world}:\n{results[name]}")
@@ -69,7 +75,7 @@ def outcome(tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "name"),
     [
-        pytest.param(world, name, marks=[pytest.mark.slow] if world == 3 else [])
+        pytest.param(world, name, marks=[pytest.mark.slow] if is_slow(world, name) else [])
         for world in WORLDS
         for name, (_, worlds) in CASES.items()
         if world in worlds

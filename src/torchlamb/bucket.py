@@ -86,10 +86,11 @@ class Bucket:
                             f"parameter {index} has shape {tuple(p.shape)} on {p.device}, and its {name} {tuple(t.shape)} on "
                             f"{t.device}; a parameter that was resized or moved needs a new optimizer"
                         )
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.device.type == "cpu":
             for column in (self.params, *columns.values()):
                 for index, t in zip(self.indices, column, strict=False):
-                    if t.untyped_storage().nbytes() < (t.storage_offset() + t.numel()) * t.itemsize:
+                    size = t.numel()  # an empty shard may begin behind the end of what it is a shard of
+                    if size and t.untyped_storage().nbytes() < (t.storage_offset() + size) * t.itemsize:
                         raise RuntimeError(
                             f"a tensor of parameter {index} is larger than its storage, which was freed or resized; restore it "
                             "before step()"

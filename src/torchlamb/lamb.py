@@ -349,7 +349,8 @@ class Lamb(Optimizer):
         work: Work = []
         for group, indices, columns in filled:
             for bucket in sort_into_buckets(Scalars.from_group(group), columns, indices, group["blocks"], plan):
-                bucket.check()
+                if not torch.compiler.is_compiling():  # which traces tensors that have no memory
+                    bucket.check()
                 bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
                 work.append((resolve(group, bucket.device, bucket.dtypes, bucket.is_small)[0], bucket))
         return work, plan

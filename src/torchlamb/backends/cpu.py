@@ -190,6 +190,8 @@ def _lamb_(
     flags: int,
 ) -> None:
     """Call a kernel with the tensors' addresses."""
+    if any(g.is_neg() for g in grads):
+        grads = [g.resolve_neg() for g in grads]
     sizes = [p.numel() for p in params]
     lengths = array("q", sizes)
     tensors = [_addresses(column) for column in (params, grads, exp_avgs, exp_avg_sqs)]
@@ -214,20 +216,20 @@ def _lamb_(
 
 def _alike(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
     """Return the tensors, each row's in one dense layout, and the rows that had to be copied for that."""
-    if all(t.is_contiguous() for column in columns for t in column) and not any(t.is_neg() for t in columns[1]):
+    if all(t.is_contiguous() for column in columns for t in column):
         return columns, []
     copied = [row for row, tensors in enumerate(zip(*columns, strict=True)) if not _lie_alike(tensors)]
     handed = [list(column) for column in columns]
     for column in handed:
         for row in copied:
-            column[row] = column[row].clone(memory_format=torch.contiguous_format).resolve_neg()
+            column[row] = column[row].clone(memory_format=torch.contiguous_format)
     return handed, copied
 
 
 def _lie_alike(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     dense = first.permute(memory_order(first)).is_contiguous()
-    return dense and all(t.stride() == first.stride() and not t.is_neg() for t in tensors)
+    return dense and all(t.stride() == first.stride() for t in tensors)
 
 
 def _addresses(tensors: list[Tensor]) -> array[int]:
