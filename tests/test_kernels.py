@@ -570,6 +570,19 @@ def test_lazily_conjugated_gradients_are_stepped_with(options):
     torchlamb.Lamb([p], lr=0.1, **options).step()
 
 
+@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_autograd_notices_that_parameters_changed(phases, blocks, monkeypatch):
+    """A step between forward and backward is an error, as with every operation in place."""
+    if phases == 2:
+        monkeypatch.delattr(cpu, "step")
+    p = parameter(4, 3)
+    loss = p.square().sum()
+    torchlamb.Lamb([p], fused=True, blocks=blocks).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_empty_tensors_have_no_memory():
     p = nn.Parameter(torch.ones(4)[4:])
     p.untyped_storage().resize_(0)

@@ -210,6 +210,8 @@ def _lamb_(
     error = library.functions[function](
         ctypes.byref(rows), ctypes.byref(options), ctypes.c_void_p(library.parallel_for), ctypes.c_void_p(out.data_ptr())
     )
+    if function in (_APPLY, _STEP):
+        torch.autograd.graph.increment_version(params)  # as operations in place do: a later backward is told
     if error:
         raise RuntimeError("torch_parallel_for failed; what the step has done until then stays")
 
