@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from step_time import OPTIONS, Floor, append, commit, floors, machine
+from step_time import OPTIONS, Floor, append, floors, provenance
 
 import torchlamb
 
@@ -88,11 +86,7 @@ def main() -> None:
         ours, floor = (statistics.median(times) for times in measure(millions * 10**6, args.rounds))
         rows.append(
             {
-                "date": datetime.date.today().isoformat(),
-                "commit": commit(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "machine": machine("cpu"),
+                **provenance("cpu"),
                 "parameters": str(millions * 10**6),
                 "steps": str(args.rounds),
                 "p50_ms": f"{ours:.2f}",

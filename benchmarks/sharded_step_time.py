@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from step_time import OPTIONS, append, commit, import_alone, machine, version
+from step_time import OPTIONS, append, import_alone, provenance, version
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -94,11 +93,7 @@ def report(times: dict[str, list[float]], collectives: dict[str, int], dry: bool
         p20, p50, p80 = (statistics.quantiles(taken, n=10)[i] for i in (1, 4, 7))
         rows.append(
             {
-                "date": datetime.date.today().isoformat(),
-                "commit": commit(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "machine": machine("cpu"),
+                **provenance("cpu"),
                 "processes": dist.get_world_size(),
                 "parameters": len(SHAPES),
                 "optimizer": name,

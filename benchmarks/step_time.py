@@ -261,6 +261,17 @@ def commit() -> str:
     return f"{found.strip() or 'unknown'}{'-dirty' if changed else ''}"
 
 
+def provenance(device: str) -> dict[str, str]:
+    """Return the columns that say when, with what and where a row was measured."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": machine(device),
+    }
+
+
 def least_bytes(contestant: Contestant, shapes: Shapes) -> int:
     """Return what a step has to move: the gradient read, everything else read and written."""
     each = 3 * contestant.dtype.itemsize + 2 * contestant.moments
@@ -272,11 +283,7 @@ def row(name: str, contestant: Contestant, shapes: str, device: str, times: list
     memory = peak_memory(name, shapes) if device == "cpu" and name not in FLOORS else None
     error = largest_error(contestant.make) if contestant.exact else None
     return {
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": machine(device),
+        **provenance(device),
         "shapes": shapes,
         "dtype": str(contestant.dtype).removeprefix("torch."),
         "optimizer": name,

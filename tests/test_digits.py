@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import signal
 import subprocess
@@ -13,22 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from loading import load_script
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
 SIZES = [256, 1437]
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("digits_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def digits():
-    return load_example()
+    return load_script(SCRIPT)
 
 
 def start(*flags: object, cwd: Path) -> subprocess.Popen[str]:
@@ -150,7 +142,7 @@ def test_names_the_extra_that_is_missing(missing, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing}.*pip install '\.\[demo\]'"):
-        load_example()
+        load_script(SCRIPT)
 
 
 @pytest.mark.slow

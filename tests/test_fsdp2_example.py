@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loading import load_script
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "fsdp2.py"
 LIMIT = 120  # seconds for one run
@@ -70,17 +70,9 @@ def assert_same_as_unsharded(lines: list[str]) -> None:
     assert accuracies[1] == accuracies[2]
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("fsdp2_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def example():
-    return load_example()
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +220,7 @@ def test_names_the_extra_that_is_missing(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(SystemExit, match=r"sklearn.*pip install '\.\[demo\]'"):
-        load_example()
+        load_script(SCRIPT)
 
 
 @pytest.mark.parametrize("size", [4, 61, 256, 719, 1437])

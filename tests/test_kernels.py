@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import faulthandler
+import functools
 import importlib.resources
 import os
 import shutil
@@ -193,14 +194,18 @@ def rounding_borders(dtype):
     return torch.cat([near, -near, drawn[drawn.isfinite()], scaled])
 
 
+def each_16_bits(test):
+    """For both dtypes, in vectors and one by one, with every instruction set."""
+    marks = (pytest.mark.parametrize("dtype", [BF16, F16]), pytest.mark.parametrize("columns", [0, 7]), each_isa)
+    return functools.reduce(lambda marked, mark: mark(marked), marks, test)
+
+
 def in_rows(values, columns):
     """All in one row, or in rows so short that they are walked one element after the other."""
     return values if columns == 0 else values[: len(values) // columns * columns].view(-1, columns)
 
 
-@each_isa
-@pytest.mark.parametrize("columns", [0, 7])
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@each_16_bits
 def test_every_number_of_16_bits_survives(dtype, columns, isa):
     set_isa(isa)
     old = in_rows(all_patterns(dtype), columns)
@@ -214,9 +219,7 @@ def test_every_number_of_16_bits_survives(dtype, columns, isa):
     assert new[~number].isnan().all()
 
 
-@each_isa
-@pytest.mark.parametrize("columns", [0, 7])
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@each_16_bits
 def test_every_number_of_16_bits_is_read_as_torch_reads_it(dtype, columns, isa):
     """As a gradient, which is the whole first moment where beta1 is 0."""
     set_isa(isa)
@@ -230,9 +233,7 @@ def test_every_number_of_16_bits_is_read_as_torch_reads_it(dtype, columns, isa):
     assert torch.equal(optimizer.state[p]["exp_avg"].nan_to_num(nan=1.5), grad.float().nan_to_num(nan=1.5))
 
 
-@each_isa
-@pytest.mark.parametrize("columns", [0, 7])
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@each_16_bits
 def test_masters_are_rounded_as_torch_rounds(dtype, columns, isa):
     """A master that does not round to the parameter is stale and replaced: one that stays was rounded as torch does."""
     set_isa(isa)

@@ -232,6 +232,9 @@ def sort_into_buckets(
                 process_groups=groups,
                 grad_factor=sign,
             )
+        place = None
+        if seed is not None:
+            place = Place.of_whole(param) if plan is None else plan.place_of(index, param)
         if blocks == 1 and not bucket.is_complex:
             bucket.params.append(param)
             bucket.grads.append(grad)
@@ -241,9 +244,9 @@ def sort_into_buckets(
             bucket.indices.append(index)
             if master is not None:
                 bucket.masters.append(master)
-            if seed is not None:
+            if place is not None:
                 bucket.seeds.append(seed)
-                bucket.places.append(Place.of_whole(param) if plan is None else plan.place_of(index, param))
+                bucket.places.append(place)
             continue
         cuts = plan.cuts_of(index) if plan is not None else None
         bucket.params += cut(param, blocks, cuts)
@@ -254,8 +257,7 @@ def sort_into_buckets(
         bucket.indices += [index] * blocks
         if master is not None:
             bucket.masters += cut(master, blocks, cuts)
-        if seed is not None:
-            place = Place.of_whole(param) if plan is None else plan.place_of(index, param)
+        if place is not None:
             bucket.seeds += [seed] * blocks
             bucket.places += [place.narrow(*part) for part in _parts(param, blocks, cuts)]
     return list(buckets.values())
