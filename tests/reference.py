@@ -24,6 +24,7 @@ class Reference:
         self.store = store
         self.step_counts = [0] * len(params)
         self.exp_avgs, self.exp_avg_sqs = ([np.zeros_like(p) for p in self.params] for _ in range(2))
+        self.uncancelled = [np.zeros_like(p) for p in self.params]  # exp_avg, were all gradients of one sign
         self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
         self.walked = [np.zeros_like(p) for p in self.params]  # sum over the steps of |w|
         self.largest = [np.abs(p) for p in self.params]  # over the steps, of |w|
@@ -53,6 +54,7 @@ class Reference:
         m = beta1 * self.exp_avgs[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * g
         v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
         m, v = self.store("exp_avg", i, t, m), self.store("exp_avg_sq", i, t, v)
+        self.uncancelled[i] = beta1 * self.uncancelled[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * np.abs(g)
         m_hat = m / (1 - beta1**t) if o["bias_correction"] else m
         v_hat = v / (1 - beta2**t) if o["bias_correction"] else v
         direction = m_hat / (np.sqrt(v_hat) + o["eps"])

@@ -93,15 +93,15 @@ class Rounded:
         return nearest(a, "bfloat16") if name == "exp_avg" else stochastic(a, bits & np.uint64(0xFFFF))
 
 
-def assert_rounded_alike(got: np.ndarray, wanted: np.ndarray, dtype: torch.dtype, what: str) -> int:
+def assert_rounded_alike(got: np.ndarray, wanted: np.ndarray, terms: np.ndarray, dtype: torch.dtype, what: str) -> int:
     """Assert at most one unit in the last place between them, and return how many differ at all.
 
-    Beside it only what float32 arithmetic leaves where numbers of the tensor's size cancel.
+    Beside it only what float32 arithmetic leaves where `terms`, of which they are sums, cancel.
     """
     _, exponent = np.frexp(np.maximum(np.abs(got), np.abs(wanted)))
     info = torch.finfo(dtype)
     ulp = info.eps * np.maximum(np.ldexp(1.0, exponent - 1), info.smallest_normal)
-    cancelled = 2.0**-22 * np.max(np.abs(wanted), initial=0)
+    cancelled = 2.0**-22 * np.max(terms, initial=0)
     assert np.all(np.abs(got - wanted) <= 1.001 * ulp + cancelled), what
     return int(np.sum(got != wanted))
 
@@ -117,15 +117,16 @@ def compare(reference: Reference, optimizer: torchlamb.Lamb, params: dict[str, n
         if not state:
             continue
         low = [
-            (moments, state[key]) for key, moments in (("exp_avg", reference.exp_avgs), ("exp_avg_sq", reference.exp_avg_sqs))
+            (reference.exp_avgs, reference.uncancelled[i], state["exp_avg"]),
+            (reference.exp_avg_sqs, reference.exp_avg_sqs[i], state["exp_avg_sq"]),
         ]
         if "master" not in state:
-            low.append((reference.params, p.detach()))
+            low.append((reference.params, reference.largest[i], p.detach()))
         else:
             assert torch.equal(p, state["master"].to(p.dtype)), name
-        for arrays, stored in low:
+        for arrays, terms, stored in low:
             if stored.dtype in LOW:
-                differ += assert_rounded_alike(to_numpy(stored), arrays[i], stored.dtype, name)
+                differ += assert_rounded_alike(to_numpy(stored), arrays[i], terms, stored.dtype, name)
                 count += stored.numel()
                 arrays[i] = to_numpy(stored)
     return count, differ
@@ -141,10 +142,12 @@ def check_arithmetic(reference: Reference, optimizer: torchlamb.Lamb, params: di
         precise = FP64 if p.dtype is FP64 and optimizer.param_groups[0]["state_dtype"] is not FP32 else FP32
         error = np.abs(to_numpy(stored) - reference.params[i])
         assert np.all(error <= SHARE_OF_PATH[precise] * reference.paths[i] + ROUNDING[precise] * reference.walked[i]), name
-        for key, moments in (("exp_avg", reference.exp_avgs), ("exp_avg_sq", reference.exp_avg_sqs)):
-            largest = np.max(np.abs(moments[i]), initial=0)
-            tolerance = {BF16: 0.0, FP32: 3e-6, FP64: 1e-13}[state[key].dtype]
-            assert np.all(np.abs(to_numpy(state[key]) - moments[i]) <= tolerance * largest), f"{key} of {name}"
+        for key, moments, terms in (
+            ("exp_avg", reference.exp_avgs, reference.uncancelled),
+            ("exp_avg_sq", reference.exp_avg_sqs, reference.exp_avg_sqs),
+        ):
+            tolerance = {BF16: 0.0, FP32: 3e-6, FP64: 1e-13}[state[key].dtype] * np.max(terms[i], initial=0)
+            assert np.all(np.abs(to_numpy(state[key]) - moments[i]) <= tolerance), f"{key} of {name}"
 
 
 def run(case, param_dtype, grad_dtype, storage, layout, seed, options) -> None:
