@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import torchlamb
-from torchlamb.backends import cpu, foreach, single
+from torchlamb import backends
+from torchlamb.backends import cpu, foreach, fused, gpu, single
 
 FRESH_SEED = int(os.environ.get("TORCHLAMB_TEST_SEED") or random.SystemRandom().randrange(2**31))
 SEEDS = [pytest.param(0, id="fixed"), pytest.param(FRESH_SEED, id="fresh")]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The device of all tensors, and whether the CPU stands for a GPU: what Triton's interpreter is for. Either way the whole table
+# is that of the GPU's kernels.
+DEVICE = torch.device(os.environ.get("TORCHLAMB_TEST_DEVICE", "cpu"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU_KERNELS = INTERPRETED or DEVICE.type != "cpu"
+
+_DTYPES = (*([] if GPU_KERNELS else [torch.float64]), torch.float32, torch.bfloat16, torch.float16)
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in _DTYPES]
 
 # float32: 2e-6 of the path walked; each step adds one rounding of the parameter.
@@ -30,9 +39,16 @@ class BackendCase(NamedTuple):
     name: str
     options: dict[str, Any]
     two_phase: bool  # accumulate and apply, as sharded buckets step, instead of the backend's own step()
+    one_launch: bool = False  # of the GPU's kernels
 
 
-BACKENDS = [
+GPU_BACKENDS = [
+    BackendCase("gpu", {"fused": True}, False),
+    BackendCase("gpu-two-phase", {"fused": True}, True),
+    BackendCase("gpu-capturable", {"fused": True, "capturable": True}, False),
+    BackendCase("gpu-one-launch", {"fused": True}, False, one_launch=True),
+]
+CPU_BACKENDS = [
     # The CPU's kernels where they are built. They have no float64, which takes the next one.
     BackendCase("default", {}, False),
     BackendCase("default-two-phase", {}, True),
@@ -46,6 +62,7 @@ BACKENDS = [
     BackendCase("foreach-capturable", {"foreach": True, "capturable": True}, False),
     BackendCase("foreach-capturable-two-phase", {"foreach": True, "capturable": True}, True),
 ]
+BACKENDS = GPU_BACKENDS if GPU_KERNELS else CPU_BACKENDS
 BACKEND_PARAMS = [pytest.param(case, id=case.name) for case in BACKENDS]
 # Other layouts with the fixed numbers only in `make test`, and without the capturable forms, which walk memory no otherwise.
 LAYOUT_BACKENDS_AND_SEEDS = [
@@ -64,7 +81,7 @@ BACKENDS_AND_SEEDS = [
         case,
         *seed.values,
         id=f"{case.name}-{seed.id}",
-        marks=[pytest.mark.slow] if seed.id == "fresh" and case.name not in ("default", "single", "foreach") else [],
+        marks=[pytest.mark.slow] if seed.id == "fresh" and case.name not in ("default", "single", "foreach", "gpu") else [],
     )
     for seed in SEEDS
     for case in BACKENDS
@@ -177,7 +194,26 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchlamb.bucket.SMALL", 20)
 
 
-def use_two_phases(monkeypatch: pytest.MonkeyPatch, case: BackendCase) -> None:
+def interpret() -> None:
+    """Step with the GPU's kernels on the CPU from now on, in this process."""
+    from triton.runtime import interpreter
+
+    # The language is patched once and stays so, instead of at each call of a function: twice as fast.
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda _: None
+    np.seterr(all="ignore")  # it computes in NumPy, which warns of 1 / 0
+    gpu.kernels.load()
+    backends.kernels_of = lambda _, dtypes: (gpu, fused.why_not(dtypes))
+
+
+def use(monkeypatch: pytest.MonkeyPatch, case: BackendCase) -> None:
+    """Step in the case's form."""
     if case.two_phase:
-        for backend in (cpu, foreach, single):
+        for backend in (cpu, foreach, gpu, single):
             monkeypatch.delattr(backend, "step")
+    monkeypatch.setattr(gpu, "ONE_LAUNCH", case.one_launch)
+
+
+def to_numpy(t: Tensor) -> np.ndarray:
+    """A copy in float64, or complex128."""
+    return t.detach().to(torch.promote_types(t.dtype, torch.float64)).cpu().numpy().copy()

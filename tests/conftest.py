@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-from cases import FRESH_SEED, small_pieces  # noqa: F401
+import torch
+from cases import DEVICE, FRESH_SEED, INTERPRETED, interpret, small_pieces  # noqa: F401
 
 _shares: dict[tuple[str, str], float] = defaultdict(float)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device():
+    """Put all tensors on the device that is tested; if the GPU's kernels are interpreted, step the CPU's with them."""
+    if INTERPRETED:
+        interpret()
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture

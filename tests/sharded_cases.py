@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.distributed.checkpoint as dcp
+from cases import INTERPRETED, interpret
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -968,6 +969,8 @@ def main() -> None:
     wanted = sys.argv[2:]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
+    if INTERPRETED:
+        interpret()
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     results: dict[str, str | None] = {}
     for name, (function, worlds) in CASES.items():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import BACKEND_PARAMS, use_two_phases
+from cases import BACKEND_PARAMS, use
 from torch import nn
 
 import torchlamb
@@ -42,7 +42,7 @@ def assert_same(a, b) -> None:
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_bad_gradient(case, guard, bad, dtype, monkeypatch):
     """At the first and at the fifth step, in a matrix and in a 0-dim parameter."""
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     params, plain = make_params(dtype), make_params(dtype)
     optimizer = torchlamb.Lamb(params, weight_decay=0.1, **guard, **case.options)
     reference = torchlamb.Lamb(plain, weight_decay=0.1, **guard, **case.options)
@@ -72,7 +72,7 @@ def test_bad_gradient(case, guard, bad, dtype, monkeypatch):
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_clipping_equals_clip_grad_norm(case, monkeypatch):
     """Over all groups and dtypes; torch adds 1e-6 to the norm, so a large one is compared."""
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     ours, plain = (make_params() + make_params(torch.bfloat16) for _ in range(2))
     options = {"lr": 0.1, "weight_decay": 0.1, "eps": 0.1, **case.options}
     groups = [{"params": ours[:2]}, {"params": ours[2:], "weight_decay": 0.0}]

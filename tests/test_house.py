@@ -21,12 +21,13 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "torchlamb").rglob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
 
-# A module may import those on the lines above its own. `backends` is the protocol, above its two implementations.
+# A module may import those on the lines above its own. `backends` is the protocol, above its implementations.
 ORDER = [
     ["torchlamb.rule", "torchlamb.rounding"],
     ["torchlamb.sharding"],
     ["torchlamb.options", "torchlamb.bucket"],
-    ["torchlamb.backends.single", "torchlamb.backends.foreach", "torchlamb.backends.cpu"],
+    ["torchlamb.backends.single", "torchlamb.backends.foreach", "torchlamb.backends.fused", "torchlamb.backends.gpu_kernels"],
+    ["torchlamb.backends.cpu", "torchlamb.backends.gpu"],
     ["torchlamb.backends"],
     ["torchlamb.guard"],
     ["torchlamb.state"],
@@ -46,8 +47,8 @@ ORDER = [
     ["torchlamb.mindspore.nn"],
     ["torchlamb.mindspore"],
 ]
-# What a module may need beside torch, inside the function that needs it.
-EXTRAS = {"torchlamb.mindspore.model": {"tqdm"}}
+# What a module may need beside torch, inside the function that needs it. gpu_kernels is itself imported inside one.
+EXTRAS = {"torchlamb.mindspore.model": {"tqdm"}, "torchlamb.backends.gpu_kernels": {"triton"}}
 
 
 def imports_of(path: Path) -> set[str]:

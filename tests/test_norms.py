@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, use_two_phases
+from cases import BACKENDS, use
 
 import torchlamb
 
@@ -31,7 +31,7 @@ def norms_of(param: torch.Tensor, grad: torch.Tensor, case) -> tuple[torch.Tenso
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("values", ["weights", "few large ones"])
 def test_31_million_elements(values, case, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     torch.manual_seed(0)
     param = torch.randn(NUMEL).mul_(0.02).add_(0.01)
     if values == "few large ones":  # whose sum swallows small squares added to it one by one

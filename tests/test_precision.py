@@ -19,7 +19,8 @@ from cases import (
     SHARE_OF_PATH,
     make_params,
     set_grads,
-    use_two_phases,
+    to_numpy,
+    use,
 )
 from reference import Reference
 from rounding_reference import bits_at, nearest, random_bits, seed_of, stochastic
@@ -54,10 +55,6 @@ STEPS = 8
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def to_numpy(t: Tensor) -> np.ndarray:
-    return t.detach().double().numpy().copy()
 
 
 def set_grads_in(params: dict[str, nn.Parameter], step: int, dtype: torch.dtype) -> None:
@@ -177,7 +174,7 @@ def run(case, param_dtype, grad_dtype, storage, layout, seed, options) -> None:
 @pytest.mark.parametrize(("param_dtype", "grad_dtype", "storage"), COMBINATIONS)
 @pytest.mark.parametrize(("case", "seed"), BACKENDS_AND_SEEDS)
 def test_combinations(case, param_dtype, grad_dtype, storage, seed, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     run(case, param_dtype, grad_dtype, storage, "contiguous", seed, {})
 
 
@@ -186,7 +183,7 @@ def test_combinations(case, param_dtype, grad_dtype, storage, seed, monkeypatch)
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 @pytest.mark.usefixtures("small_pieces")
 def test_layouts(case, storage, layout, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     run(case, BF16, BF16, storage, layout, 0, {"blocks": 2, "max_grad_norm": 1.0, "phi_bounds": (0.1, 4.0)})
 
 
@@ -257,7 +254,7 @@ def test_what_is_not_finite_stays():
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_small_steps_are_lost_to_nearest_and_kept_on_average(case, monkeypatch):
     """1,000 steps of a tenth of what rounding to nearest can see."""
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     lr, n = 2.0**-8 / 20, 4000
     ends = {}
     for name in ("nothing", "stochastic", "masters"):
@@ -358,7 +355,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_what_was_changed_from_outside_counts(case, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(6, 5).to(BF16))
     optimizer = torchlamb.Lamb([p], lr=0.01, master_weights=True, **case.options)
@@ -398,7 +395,7 @@ def test_a_loaded_model_is_not_overwritten():
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_elements_that_were_not_finite_can_be_set_anew(case, bad, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     p = nn.Parameter(torch.tensor([1.0, bad], dtype=BF16))
     optimizer = torchlamb.Lamb([p], lr=0.125, master_weights=True, layer_adaptation=False, eps=0.0, **case.options)
     p.grad = torch.ones_like(p)
@@ -452,7 +449,7 @@ def test_masters_that_are_not_finite():
 @pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE)
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_a_skipped_step_changes_nothing(case, storage, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     model = bf16_model()
     optimizer = torchlamb.Lamb(model.parameters(), lr=0.01, skip_nonfinite=True, **storage, **case.options)
     train(model, optimizer, range(2))

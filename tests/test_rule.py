@@ -12,6 +12,7 @@ from cases import (
     BACKENDS_AND_SEEDS,
     DEFAULTS,
     DTYPES,
+    INTERPRETED,
     LAYOUT_BACKENDS_AND_SEEDS,
     LAYOUTS,
     OPTIONS,
@@ -20,14 +21,15 @@ from cases import (
     BackendCase,
     make_params,
     set_grads,
-    use_two_phases,
+    to_numpy,
+    use,
 )
 from reference import Reference
 from torch import Tensor
 
 import torchlamb
 
-STEPS = 20
+STEPS = 10 if INTERPRETED else 20  # from step 8 on, gradients have another layout
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # compared after each rounding of the parameter, in units in the last place
 LAYOUT_OPTIONS = [{"weight_decay": 0.1, "grad_centralization": True, "max_grad_norm": 5.0}, OPTIONS["everything"]]
 LAYOUT_DTYPES = [
@@ -36,10 +38,6 @@ LAYOUT_DTYPES = [
     for layout in LAYOUTS
     if layout != "complex" or dtype.values[0] not in LOW_PRECISION  # torch has no or hardly any such tensors
 ]
-
-
-def to_numpy(t: Tensor) -> np.ndarray:
-    return t.detach().to(torch.promote_types(t.dtype, torch.float64)).numpy()
 
 
 def params_in(dtype: torch.dtype) -> Callable[[str, int, int, np.ndarray], np.ndarray]:
@@ -90,7 +88,7 @@ def check(reference: Reference, params: list[Tensor], dtype: torch.dtype) -> flo
         return check_ulps(reference, params, dtype)
     shares = [0.0]
     for w, path, walked, p in zip(reference.params, reference.paths, reference.walked, params, strict=True):
-        error = np.abs(real(p.detach()).double().numpy() - w)
+        error = np.abs(to_numpy(real(p)) - w)
         tolerance = SHARE_OF_PATH[dtype] * path + ROUNDING[dtype] * walked
         assert np.all(error <= tolerance), (
             f"{p.shape}: {np.max(error / np.where(tolerance > 0, tolerance, 1e-300))} x tolerance"
@@ -110,7 +108,7 @@ def check_ulps(reference: Reference, params: list[Tensor], dtype: torch.dtype) -
         _, exponent = np.frexp(largest)
         info = torch.finfo(dtype)
         ulp = info.eps * np.maximum(np.ldexp(1.0, exponent - 1), info.smallest_normal)
-        error = np.abs(real(p.detach()).double().numpy() - w)
+        error = np.abs(to_numpy(real(p)) - w)
         wrong += int(np.sum(~(error <= 1.001 * ulp)))
         count += error.size
     allowed = max(1, count // 1000)
@@ -122,7 +120,7 @@ def check_ulps(reference: Reference, params: list[Tensor], dtype: torch.dtype) -
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_options(case, dtype, options, seed, monkeypatch, record_share):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     reference, params = run(case, dtype, "contiguous", options, seed)
     record_share(case.name, str(dtype), check(reference, params, dtype))
 
@@ -132,6 +130,6 @@ def test_options(case, dtype, options, seed, monkeypatch, record_share):
 @pytest.mark.parametrize("options", LAYOUT_OPTIONS, ids=["some", "everything"])
 @pytest.mark.usefixtures("small_pieces")
 def test_layouts(case, dtype, layout, options, seed, monkeypatch, record_share):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     reference, params = run(case, dtype, layout, options, seed)
     record_share(case.name, str(dtype), check(reference, params, dtype))

@@ -10,9 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import INTERPRETED
 from sharded_cases import CASES, SLOW
 
-WORLDS = (2, 3, 4)
+# What the GPU's kernels are interpreted for: that they step shards in two phases, in each way of storing and of placing them.
+INTERPRETED_CASES = (
+    "random_numbers[guard]",
+    "low_precision[masters-None]",
+    "rounding_is_that_of_whole_tensors[stochastic-bf16-state-None]",
+    "representable_numbers[guard]",
+    "blocks_that_shards_cut_through[plain]",
+    "gradients_on_some_processes_only[plain]",
+)
+WORLDS = (2,) if INTERPRETED else (2, 3, 4)
 LIMIT = 240  # seconds for all cases of a world
 
 
@@ -57,6 +67,7 @@ def outcome(tmp_path_factory):
         if (world, slow) not in folders:
             folders[world, slow] = tmp_path_factory.mktemp(f"world{world}")
             names = [n for n, (_, worlds) in CASES.items() if world in worlds and is_slow(world, n) == slow]
+            names = [n for n in names if not INTERPRETED or n in INTERPRETED_CASES]
             run_world(world, names, folders[world, slow])
         folder, found = folders[world, slow], []
         for rank in range(world):
@@ -78,7 +89,7 @@ def outcome(tmp_path_factory):
         pytest.param(world, name, marks=[pytest.mark.slow] if is_slow(world, name) else [])
         for world in WORLDS
         for name, (_, worlds) in CASES.items()
-        if world in worlds
+        if world in worlds and (not INTERPRETED or name in INTERPRETED_CASES)
     ],
 )
 @pytest.mark.timeout(LIMIT + 60)

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from cases import BACKEND_PARAMS, DEFAULTS, use_two_phases
+from cases import BACKEND_PARAMS, DEFAULTS, use
 from reference import Reference
 from torch import nn
 from torch.optim import lr_scheduler
@@ -261,7 +261,7 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back():
 
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_late_parameters_count_their_own_steps(case, monkeypatch):
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     early, unfrozen, late = (nn.Parameter(torch.ones(3)) for _ in range(3))
     unfrozen.requires_grad_(False)
     optimizer = torchlamb.Lamb([early, unfrozen], **case.options)
@@ -359,7 +359,7 @@ def test_grad_scaler_skips_an_overflow(foreach):
 @pytest.mark.parametrize("guard", [{}, {"max_grad_norm": 0.05}], ids=str)
 def test_grad_scale_and_found_inf_as_the_scaler_leaves_them(case, guard, monkeypatch):
     """What torch.amp.GradScaler sets around step() for an optimizer that unscales by itself."""
-    use_two_phases(monkeypatch, case)
+    use(monkeypatch, case)
     a, b = make_model(), make_model()
     scaled = torchlamb.Lamb(a.parameters(), **guard, **case.options)
     plain = torchlamb.Lamb(b.parameters(), **guard, **case.options)

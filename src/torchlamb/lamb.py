@@ -254,8 +254,9 @@ class Lamb(Optimizer):
             options = self._checked_options(param_group)
             check_alike([*self.param_groups, options], self.defaults)
             check_params({**options, "params": params}, len(self.param_groups))
-            prepare()
-            for device, dtype in {(p.device, p.dtype.to_real()) for p in map(_param_of, params) if isinstance(p, Tensor)}:
+            kinds = {(p.device, p.dtype.to_real()) for p in map(_param_of, params) if isinstance(p, Tensor)}
+            prepare({device for device, _ in kinds})
+            for device, dtype in kinds:
                 resolve(options, device, [dtype], small=False)
             param_group.update(options, params=params)
         super().add_param_group(param_group)
@@ -309,7 +310,7 @@ class Lamb(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        prepare()
+        prepare({p.device for group in self.param_groups for p in group["params"]})
         self._last = _LastStep()
         self._plan = None
         self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlamb import rounding
+from torchlamb.backends import counts_on_device
 from torchlamb.guard import is_guarded
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -21,8 +22,10 @@ class Storage:
     """How one group stores what its parameters need between steps. Made anew for each step: options may change."""
 
     def __init__(self, group: Mapping[str, Any]) -> None:
-        # Steps are counted on the host, as in torch, unless only the device knows whether a step was taken.
+        # Steps are counted on the host, as in torch, unless only the device knows whether one was taken, or its kernels count.
         self.on_device: bool = group["capturable"] or group["fused"] or is_guarded(group)
+        self.group = group
+        self.devices: dict[torch.device, torch.device | str] = {}  # where steps of parameters there are counted
         self.masters: bool = group["master_weights"]
         self.rounds_params: bool = group["stochastic_rounding"]
         self.state_dtype: torch.dtype | None = group["state_dtype"]
@@ -34,7 +37,7 @@ class Storage:
             state["step"] = torch.zeros((), dtype=torch.float32, device=self._device(param))
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        elif self.on_device and state["step"].device != param.device:  # never back: it may be compiled for
+        elif state["step"].device != param.device and self._device(param) == param.device:  # never back: it may be compiled for
             state["step"] = state["step"].to(param.device)
         if state["step"].dtype is not torch.float32:
             state["step"] = state["step"].to(torch.float32)
@@ -96,7 +99,11 @@ class Storage:
         return self.state_dtype.to_complex() if param.is_complex() else self.state_dtype
 
     def _device(self, param: Tensor) -> torch.device | str:
-        return param.device if self.on_device else "cpu"
+        device = self.devices.get(param.device)
+        if device is None:
+            on_device = self.on_device or counts_on_device(self.group, param.device)
+            device = self.devices[param.device] = param.device if on_device else "cpu"
+        return device
 
 
 def adopt(saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,13 @@ step) stays above it: a backend only reads `bucket.grad_factor` and `bucket.skip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from torchlamb.backends import cpu, foreach, single
+from torchlamb.backends import cpu, foreach, gpu, single
 from torchlamb.bucket import SMALL, Bucket
 
 
@@ -21,7 +21,7 @@ class Backend(Protocol):
 
     A backend may also have ``step(bucket, sq_norms)``, which does `accumulate` and `apply` at once for a bucket whose sums of
     squares need no reduction between the two; that is where it can keep what it has in cache. One with a true ``COUNTS_STEPS``
-    counts `bucket.steps` itself, first thing in `accumulate` and `step`.
+    counts `bucket.steps` itself, in `accumulate` and `step`.
     """
 
     __name__: str
@@ -39,9 +39,25 @@ class Backend(Protocol):
 Work = list[tuple[Backend, Bucket]]  # what one step() has to do
 
 
-def prepare() -> None:
-    """Load what backends need, before the first step and outside anything that is compiled."""
+def prepare(devices: Iterable[torch.device]) -> None:
+    """Load what backends need on these devices, before the first step and outside anything that is compiled."""
     cpu.library.load()
+    for device in devices:
+        kernels_of(device, [])
+
+
+def kernels_of(device: torch.device, dtypes: Sequence[torch.dtype]) -> tuple[Backend, str | None]:
+    """Return the device's own kernels, and why they cannot be had for these dtypes, if they cannot."""
+    if device.type == "cpu":
+        return cpu, cpu.why_not(dtypes)
+    return gpu, gpu.why_not(device, dtypes)
+
+
+def counts_on_device(group: Mapping[str, Any], device: torch.device) -> bool:
+    """Return whether the group's steps on that device are counted by kernels, which are not the host's."""
+    if device.type == "cpu" or group["fused"] is False or group["foreach"] is not None or group["differentiable"]:
+        return False
+    return kernels_of(device, [])[1] is None
 
 
 def resolve(group: dict[str, Any], device: torch.device, dtypes: Sequence[torch.dtype], small: bool) -> tuple[Backend, str]:
@@ -60,10 +76,11 @@ def resolve(group: dict[str, Any], device: torch.device, dtypes: Sequence[torch.
         return single, "differentiable=True: autograd has to see every operation"
     if group["foreach"] is not None:
         return foreach if group["foreach"] else single, f"foreach={group['foreach']} was asked for"
-    why_not = cpu.why_not(dtypes) if device.type == "cpu" else f"this version has none for {device.type}"
+    kernels, why_not = kernels_of(device, dtypes)
     if group["fused"] is not False and why_not is None:
         asked = "was asked for" if group["fused"] else "kernels for this device"
-        return cpu, f"fused={group['fused']}: {asked}, with {cpu.library.isa} instructions"
+        how = f", with {cpu.library.isa} instructions" if kernels is cpu else ", in Triton"
+        return kernels, f"fused={group['fused']}: {asked}{how}"
     if group["fused"]:
         raise RuntimeError(f"fused=True: no kernels, {why_not}; leave fused=None, or set foreach=True")
     instead = "fused=False was asked for" if group["fused"] is False else f"no kernels, {why_not}"

@@ -1,0 +1,99 @@
+"""What the kernels of every device are handed: one operator on lists of tensors, which `torch.compile` can put in a graph.
+
+This room knows buckets and the rule's numbers. It must not know how kernels are found, called or written: cpu.py and gpu.py do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torchlamb.bucket import Bucket
+from torchlamb.rounding import memory_order
+
+GRAD_SQ_NORMS, ACCUMULATE, APPLY, STEP = range(4)  # the functions of `torchlamb.backends.Backend`
+BIAS_CORRECTION, GRAD_AVERAGING, LAYER_ADAPTATION, STOCHASTIC_ROUNDING = 1, 2, 4, 8  # flags; the last is of parameters
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients; in C++, these positions stand for them
+
+
+def why_not(dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return why kernels cannot step tensors of these dtypes, None if they can."""
+    odd = [dtype for dtype in dtypes if dtype not in DTYPES]
+    return f"they have no {str(odd[0]).removeprefix('torch.')}" if odd else None
+
+
+def call(function: int, bucket: Bucket, out: Tensor, kernels: Callable[..., None]) -> None:
+    """Call a device's kernels on a bucket, or leave the call to a graph that is being compiled.
+
+    Args:
+        function: one of those above
+        bucket: what they work on
+        out: (rows, 2) sums of squares that they read or write, (rows,) for those of gradients
+        kernels: takes the arguments of the operator `torchlamb::lamb_`
+    """
+    s = bucket.scalars
+    phi, ratio = s.phi_bounds or (0.0, math.inf), s.trust_ratio_bounds or (0.0, math.inf)
+    flags = (
+        BIAS_CORRECTION * s.bias_correction
+        | GRAD_AVERAGING * s.grad_averaging
+        | LAYER_ADAPTATION * s.layer_adaptation
+        | STOCHASTIC_ROUNDING * (s.stochastic_rounding and not bucket.masters and bucket.params[0].dtype == torch.bfloat16)
+    )
+    columns = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, *([bucket.masters] if bucket.masters else [])]
+    handed, copied = _alike(columns)
+    params, grads, exp_avgs, exp_avg_sqs, *masters = handed
+    runs = [place.runs(p) for place, p in zip(bucket.places, params, strict=True)] if bucket.seeds else []
+    no_starts = torch.empty(0, dtype=torch.int64)
+    compiling = torch.compiler.is_compiling()
+    (torch.ops.torchlamb.lamb_ if compiling else kernels)(
+        function,
+        *(params, grads, exp_avgs, exp_avg_sqs, masters[0] if masters else [], bucket.steps, bucket.seeds),
+        [no_starts if run.starts is None else run.starts for run in runs],
+        [number for run in runs for number in (run.first, run.length, run.stride)],
+        out,
+        *(n if isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64) for n in (s.lr, bucket.grad_factor)),
+        bucket.skip,
+        [s.beta1, s.beta2, s.eps, s.weight_decay, *phi, *ratio],
+        flags,
+    )
+    for row in copied:
+        for column, originals in zip(handed, columns, strict=True):
+            if column is not grads:
+                originals[row].copy_(column[row])
+    if function in (APPLY, STEP) and not compiling:
+        torch.autograd.graph.increment_version(params)  # as operations in place do: a later backward is told
+
+
+def _alike(columns: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[int]]:
+    """Return the tensors, each row's in one dense layout, and the rows that had to be copied for that."""
+    if all(t.is_contiguous() for column in columns for t in column):
+        return columns, []
+    copied = [row for row, tensors in enumerate(zip(*columns, strict=True)) if not _lie_alike(tensors)]
+    handed = [list(column) for column in columns]
+    for column in handed:
+        for row in copied:
+            column[row] = column[row].clone(memory_format=torch.contiguous_format)
+    return handed, copied
+
+
+def _lie_alike(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    dense = first.permute(memory_order(first)).is_contiguous()
+    return dense and all(t.stride() == first.stride() for t in tensors)
+
+
+operators = torch.library.Library("torchlamb", "DEF")  # type: ignore[no-untyped-call]
+operators.define(  # type: ignore[no-untyped-call]
+    "lamb_(int function, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] masters, Tensor(e!)[] steps, Tensor[] seeds, Tensor[] starts, int[] runs, Tensor(f!) out, Tensor lr, "
+    "Tensor grad_factor, Tensor? skip, float[] numbers, int flags) -> ()"
+)
+
+
+@torch.library.register_fake("torchlamb::lamb_", lib=operators)  # type: ignore[untyped-decorator]
+def _fake(*_: object) -> None:
+    return None
