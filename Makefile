@@ -4,18 +4,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Where there is Triton.
+LINUX := $(filter Linux,$(shell uname))
+# The GPU's kernels on the CPU, in Triton's interpreter, in processes of their own.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	$(patsubst %,tests/test_%.py,gpu_kernels rule precision guard sharding)
+NEWEST_TRITON := 3.9.0
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
-.PHONY: demo test test-all check bench sanitize clean
+.PHONY: demo test test-all test-slow check bench sanitize clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/digits.py
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not slow"
+	$(if $(LINUX),$(INTERPRETED) -m "not slow")
 
-test-all: .venv/test.stamp
-	$(BIN)/python -m pytest
+test-all: test test-slow
+
+# What `test` leaves out, and the GPU's kernels with the newest Triton.
+test-slow: .venv/test.stamp $(if $(LINUX),.venv/triton.stamp)
+	$(BIN)/python -m pytest -m slow
+	$(if $(LINUX),$(INTERPRETED) -m slow)
+	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/test_gpu.py)
+	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(INTERPRETED) -m "not slow")
 
 check: .venv/test.stamp
 	$(BIN)/ruff check
@@ -31,6 +44,12 @@ sanitize: .venv/test.stamp
 	cmake --build build/sanitized
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python tests/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
+
+# Triton alone, before the one that torch was made with.
+.venv/triton.stamp: .venv/test.stamp
+	rm -rf .venv/newest-triton
+	$(PIP) install -q --no-deps --target .venv/newest-triton triton==$(NEWEST_TRITON)
+	@touch $@
 
 clean:
 	rm -rf .venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

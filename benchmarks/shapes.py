@@ -29,10 +29,17 @@ def gpt2(layers: int, hidden: int) -> Shapes:
     return [(50257, hidden), (1024, hidden), *((norm + attention + norm + feed_forward) * layers), *norm]
 
 
+def llama(layers: int, hidden: int, feed_forward: int) -> Shapes:
+    """LLaMA (arXiv 2302.13971): vocabulary 32,000, no biases, output weights of their own."""
+    layer: Shapes = [(hidden, hidden)] * 4 + [(feed_forward, hidden)] * 2 + [(hidden, feed_forward), (hidden,), (hidden,)]
+    return [(32000, hidden), *(layer * layers), (hidden,), (32000, hidden)]
+
+
 SHAPES: dict[str, Shapes] = {
     "bert-base": bert(12, 768),
     "bert-large": bert(24, 1024),
     "vit-large": vit(24, 1024, 16),
     "gpt2": gpt2(12, 768),
+    "llama-7b, 4 of 32 layers": llama(4, 4096, 11008),
     "400-tiny": [(64,)] * 400,
 }

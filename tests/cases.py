@@ -18,7 +18,8 @@ import torchlamb
 from torchlamb import backends
 from torchlamb.backends import cpu, foreach, fused, gpu, single
 
-FRESH_SEED = int(os.environ.get("TORCHLAMB_TEST_SEED") or random.SystemRandom().randrange(2**31))
+# In the environment, so that all processes have the same.
+FRESH_SEED = int(os.environ.setdefault("TORCHLAMB_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 SEEDS = [pytest.param(0, id="fixed"), pytest.param(FRESH_SEED, id="fresh")]
 
 # The device of all tensors, and whether the CPU stands for a GPU: what Triton's interpreter is for. Either way the whole table
@@ -63,7 +64,16 @@ CPU_BACKENDS = [
     BackendCase("foreach-capturable-two-phase", {"foreach": True, "capturable": True}, True),
 ]
 BACKENDS = GPU_BACKENDS if GPU_KERNELS else CPU_BACKENDS
+PLAIN = ("default", "single", "foreach", "gpu")
 BACKEND_PARAMS = [pytest.param(case, id=case.name) for case in BACKENDS]
+# For long tests, of which `make test` takes the plain forms.
+LONG_BACKEND_PARAMS = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name not in PLAIN else []) for case in BACKENDS
+]
+# In the interpreter, which is slow, one form takes fresh numbers too.
+_SEEDS_AND_BACKENDS = [
+    (seed, case) for seed in SEEDS for case in BACKENDS if not (INTERPRETED and seed.id == "fresh" and case.name != "gpu")
+]
 # Other layouts with the fixed numbers only in `make test`, and without the capturable forms, which walk memory no otherwise.
 LAYOUT_BACKENDS_AND_SEEDS = [
     pytest.param(
@@ -72,8 +82,7 @@ LAYOUT_BACKENDS_AND_SEEDS = [
         id=f"{case.name}-{seed.id}",
         marks=[pytest.mark.slow] if seed.id == "fresh" or case.options.get("capturable") else [],
     )
-    for seed in SEEDS
-    for case in BACKENDS
+    for seed, case in _SEEDS_AND_BACKENDS
 ]
 # In every form with the fixed numbers; with fresh ones, `make test` takes the plain forms.
 BACKENDS_AND_SEEDS = [
@@ -81,10 +90,9 @@ BACKENDS_AND_SEEDS = [
         case,
         *seed.values,
         id=f"{case.name}-{seed.id}",
-        marks=[pytest.mark.slow] if seed.id == "fresh" and case.name not in ("default", "single", "foreach", "gpu") else [],
+        marks=[pytest.mark.slow] if seed.id == "fresh" and case.name not in PLAIN else [],
     )
-    for seed in SEEDS
-    for case in BACKENDS
+    for seed, case in _SEEDS_AND_BACKENDS
 ]
 
 DEFAULTS = {

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 from cases import DEVICE, FRESH_SEED, INTERPRETED, interpret, small_pieces  # noqa: F401
+
+# Of test_options and test_combinations.
+INTERPRETED_CORE = (
+    *(f"float32-{name}" for name in ("defaults", "everything", "clip", "no-bias-correction", "no-layer-adaptation")),
+    *("bfloat16-everything", "float16-clip"),
+    *(f"gpu-fixed-bfloat16-bfloat16-{name}]" for name in ("masters", "stochastic", "stochastic-bf16-state")),
+    *("gpu-fixed-float16-float32-masters]", "gpu-fixed-float32-bfloat16-bf16-state]"),
+)
 
 _shares: dict[tuple[str, str], float] = defaultdict(float)
 
@@ -29,8 +38,27 @@ def record_share():
     return record
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the interpreter, which is slow, `make test` takes of the case table these only."""
+    for item in items if INTERPRETED else []:
+        name = item.name.removesuffix("-gpu-fixed]").partition("[")[2]
+        if item.path.name not in ("test_gpu_kernels.py", "test_sharding.py") and name not in INTERPRETED_CORE:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_report_header() -> str:
     return f"fresh seed: {FRESH_SEED} (set TORCHLAMB_TEST_SEED to repeat)"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes, which leave the summary to the first
+        session.config.workeroutput["shares"] = [(*key, share) for key, share in _shares.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for backend, dtype, share in getattr(node, "workeroutput", {}).get("shares", []):
+        _shares[backend, dtype] = max(_shares[backend, dtype], share)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -176,7 +176,9 @@ KINDS = ("float32", "float32, bf16 state", "bf16", "bf16, masters", "bf16, stoch
 
 @needs_triton
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("kinds", [pytest.param(kinds, marks=pytest.mark.slow) if kinds != "float32" else kinds for kinds in KINDS])
+@pytest.mark.parametrize(
+    "kinds", [pytest.param(kinds, marks=pytest.mark.slow) if kinds != "float32" else kinds for kinds in KINDS]
+)
 def test_what_compilers_make_of_the_kernels(kinds, target, offline):
     """No spills, no more registers than there should be, and accesses of 128 bits to full chunks."""
     from torchlamb.backends import gpu_kernels
@@ -194,3 +196,12 @@ def test_what_compilers_make_of_the_kernels(kinds, target, offline):
             wide = sum(count for access, count in machine.accesses.items() if "128" in access or "x4" in access)
             assert wide >= {"grad_sq_norms": 1, "accumulate": 6, "apply": 4}[kernel.__name__], (name, machine.accesses)
     assert seen == {"grad_sq_norms", "accumulate", "add_partials", "apply", "step"}
+
+
+def test_without_a_gpu_nothing_is_measured():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "torch finds no CUDA device here" in done.stderr

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cases import BACKEND_PARAMS, DEFAULTS, DEVICE, GPU_KERNELS, ROUNDING, SHARE_OF_PATH, to_numpy, use
+from loading import load_script
 from reference import Reference
 from rounding_reference import bits_at, nearest, seed_of, stochastic
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from torchlamb.backends import gpu_kernels as k
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CHUNK = k.CHUNK.value
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def parameter(*shape: int, offset: int = 0, dtype: torch.dtype = F32) -> nn.Parameter:
@@ -287,3 +291,20 @@ def test_random_bits_are_those_of_the_index_in_the_whole_tensor(runs, first):
     if runs:
         index = first + 100 * (elements // length) + stride * (elements % length)
     assert np.array_equal(out.cpu().numpy().astype(np.uint64), bits_at(index.astype(np.uint64), seed_of(7), 3))
+
+
+# What is run on a GPU at once
+
+
+def test_checks_for_a_gpu_pass_in_the_interpreter(capsys):
+    """Those that need no streams and graphs; and one that fails is said to have failed."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        check = load_script(BENCHMARKS / "gpu_check.py")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    check.ODD_SIZES[:] = [(1,), (CHUNK + 1,), (3, 5), (0,), ()]
+    assert check.checked(lambda device: check.two_runs_give_the_same_bits(device, 2), DEVICE.type)
+    assert check.checked(lambda device: check.one_launch_is_the_two_phases_under_load(device, 2), DEVICE.type)
+    assert not check.checked(lambda _: 1 / 0, DEVICE.type)
+    assert "FAILED" in capsys.readouterr().out

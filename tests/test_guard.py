@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import BACKEND_PARAMS, use
+from cases import BACKEND_PARAMS, DEVICE, use
 from torch import nn
 
 import torchlamb
@@ -21,7 +21,7 @@ def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def set_grads(params: list[nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator(DEVICE).manual_seed(step)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 

@@ -15,6 +15,7 @@ from cases import (
     BACKENDS_AND_SEEDS,
     DEFAULTS,
     LAYOUTS,
+    LONG_BACKEND_PARAMS,
     ROUNDING,
     SHARE_OF_PATH,
     make_params,
@@ -251,7 +252,7 @@ def test_what_is_not_finite_stays():
     assert torch.equal(rounding.to_bfloat16(-special.nan_to_num(), torch.tensor(5)), -special.nan_to_num().bfloat16())
 
 
-@pytest.mark.parametrize("case", BACKEND_PARAMS)
+@pytest.mark.parametrize("case", LONG_BACKEND_PARAMS)
 def test_small_steps_are_lost_to_nearest_and_kept_on_average(case, monkeypatch):
     """1,000 steps of a tenth of what rounding to nearest can see."""
     use(monkeypatch, case)

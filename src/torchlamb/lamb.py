@@ -78,7 +78,7 @@ class Lamb(Optimizer):
         foreach: True for torch's multi-tensor operations, False for one tensor after the other. None chooses by device, and on
             CPUs by size; `repr` says what is in use and why (default: None)
         fused: True for this library's own kernels, False for none of them; None takes them where they can be had: for float32,
-            bf16 and fp16 parameters on CPUs (default: None)
+            bf16 and fp16 parameters on CPUs, and on GPUs where Triton is installed (default: None)
         capturable: keep step counts on the device and read nothing back, for graph capture and `torch.compile`; the lr can then
             be a tensor on the parameters' device that is changed in place (default: False)
         differentiable: let autograd run through `step()` (default: False)

@@ -37,8 +37,8 @@ class Storage:
             state["step"] = torch.zeros((), dtype=torch.float32, device=self._device(param))
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        elif state["step"].device != param.device and self._device(param) == param.device:  # never back: it may be compiled for
-            state["step"] = state["step"].to(param.device)
+        elif (self.on_device or not param.is_cpu) and state["step"].device != param.device == self._device(param):
+            state["step"] = state["step"].to(param.device)  # never back: it may be compiled for
         if state["step"].dtype is not torch.float32:
             state["step"] = state["step"].to(torch.float32)
         if state["exp_avg"].dtype is not dtype or state["exp_avg_sq"].dtype is not dtype:
