@@ -68,7 +68,9 @@ PLAIN = ("default", "single", "foreach", "gpu")
 BACKEND_PARAMS = [pytest.param(case, id=case.name) for case in BACKENDS]
 # For long tests, of which `make test` takes the plain forms.
 LONG_BACKEND_PARAMS = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name not in PLAIN else []) for case in BACKENDS
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name not in PLAIN else [])
+    for case in BACKENDS
+    if not INTERPRETED  # in which a thousand steps take minutes
 ]
 # In the interpreter, which is slow, one form takes fresh numbers too.
 _SEEDS_AND_BACKENDS = [

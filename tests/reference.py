@@ -53,8 +53,8 @@ class Reference:
         (beta1, beta2), t, w = o["betas"], self.step_counts[i] + 1, self.params[i]
         m = beta1 * self.exp_avgs[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * g
         v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
-        m, v = self.store("exp_avg", i, t, m), self.store("exp_avg_sq", i, t, v)
         self.uncancelled[i] = beta1 * self.uncancelled[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * np.abs(g)
+        m, v = self.store("exp_avg", i, t, m), self.store("exp_avg_sq", i, t, v)
         m_hat = m / (1 - beta1**t) if o["bias_correction"] else m
         v_hat = v / (1 - beta2**t) if o["bias_correction"] else v
         direction = m_hat / (np.sqrt(v_hat) + o["eps"])

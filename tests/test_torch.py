@@ -259,6 +259,23 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back():
     assert optimizer.step() is None
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 1.0}, {"state_dtype": torch.bfloat16}, {"capturable": True}], ids=str
+)
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+def test_another_default_device(case, options, monkeypatch):
+    """What a step makes for itself is made where it belongs."""
+    use(monkeypatch, case)
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torchlamb.Lamb([p], lr=0.5, **{**options, **case.options})
+    for device in ("cpu", "meta"):
+        p.grad = torch.ones(3)
+        with torch.device(device):
+            optimizer.step()
+    assert p.device.type == "cpu"
+    assert p[0].item() == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_late_parameters_count_their_own_steps(case, monkeypatch):
     use(monkeypatch, case)

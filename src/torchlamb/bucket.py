@@ -108,7 +108,9 @@ class Bucket:
             # As a list: given one tensor to add to all, torch reads it back.
             torch._foreach_add_(steps, [(~self.skip).to(steps[0].dtype)] * len(steps))
         elif steps[0].is_cpu and not torch.compiler.is_compiling():
-            torch._foreach_add_(steps, torch.ones(()))  # torch would make a tensor of the number once for each step count
+            torch._foreach_add_(
+                steps, torch.ones((), device="cpu")
+            )  # torch would make a tensor of the number once for each step count
         else:
             torch._foreach_add_(steps, 1)
 

@@ -47,7 +47,7 @@ def call(function: int, bucket: Bucket, out: Tensor, kernels: Callable[..., None
     handed, copied = _alike(columns)
     params, grads, exp_avgs, exp_avg_sqs, *masters = handed
     runs = [place.runs(p) for place, p in zip(bucket.places, params, strict=True)] if bucket.seeds else []
-    no_starts = torch.empty(0, dtype=torch.int64)
+    no_starts = torch.empty(0, dtype=torch.int64, device="cpu")
     compiling = torch.compiler.is_compiling()
     (torch.ops.torchlamb.lamb_ if compiling else kernels)(
         function,
@@ -55,7 +55,10 @@ def call(function: int, bucket: Bucket, out: Tensor, kernels: Callable[..., None
         [no_starts if run.starts is None else run.starts for run in runs],
         [number for run in runs for number in (run.first, run.length, run.stride)],
         out,
-        *(n if isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64) for n in (s.lr, bucket.grad_factor)),
+        *(
+            n if isinstance(n, Tensor) else torch.tensor(n, dtype=torch.float64, device="cpu")
+            for n in (s.lr, bucket.grad_factor)
+        ),
         bucket.skip,
         [s.beta1, s.beta2, s.eps, s.weight_decay, *phi, *ratio],
         flags,

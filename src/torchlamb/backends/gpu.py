@@ -32,20 +32,39 @@ WINDOW = 2**20  # elements that it accumulates ahead of those it applies; not me
 
 
 class _Kernels:
-    """The module gpu_kernels, once there is a GPU. `why_not` is what is said where there is no Triton."""
+    """The module gpu_kernels, once there is a GPU, and why it cannot be had."""
 
     def __init__(self) -> None:
         self.module: Any = None
-        self.why_not = "they are not loaded yet"
+        self.reasons: dict[torch.device, str | None] = {}
 
     def load(self) -> None:
-        """Load them, once; the reason is kept where that fails."""
-        if self.module is not None:
-            return
-        try:
+        """Load them, if that has not been done.
+
+        Raises:
+            ImportError: there is no Triton
+        """
+        if self.module is None:
             self.module = importlib.import_module("torchlamb.backends.gpu_kernels")
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Return why they cannot be launched on the device, None if they can."""
+        if device not in self.reasons:
+            self.reasons[device] = self._why_not(device)
+        return self.reasons[device]
+
+    def _why_not(self, device: torch.device) -> str | None:
+        if torch.version.cuda is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+            return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
+        try:
+            self.load()
+            if torch.accelerator.is_available():
+                self.module.find_launcher()
         except ImportError as error:
-            self.why_not = f"Triton cannot be imported ({error}); install it with: pip install 'torchlamb[gpu]'"
+            return f"Triton cannot be imported ({error}); install it with: pip install 'torchlamb[gpu]'"
+        except Exception as error:  # of whatever kind: torch's operations serve as well
+            return f"Triton cannot launch any ({error})"
+        return None
 
 
 kernels = _Kernels()
@@ -55,12 +74,7 @@ def why_not(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     """Return why tensors of these dtypes on this device cannot be stepped by the kernels, None if they can."""
     if device.type not in DEVICES:
         return f"there are none for {device.type}"
-    kernels.load()
-    if kernels.module is None:
-        return kernels.why_not
-    if torch.version.cuda is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
-        return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
-    return fused.why_not(dtypes)
+    return kernels.why_not(device) or fused.why_not(dtypes)
 
 
 def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
@@ -107,7 +121,7 @@ def _lamb_(
     k, device, rows = kernels.module, params[0].device, len(params)
     columns = [params, grads, exp_avgs, exp_avg_sqs]
     chunks = _Chunks([p.numel() for p in params], _are_aligned([*columns, masters]), k.CHUNK.value)
-    beta1, beta2, eps, weight_decay, *bounds = numbers
+    beta1, beta2, eps, weight_decay, *bounds = map(float, numbers)  # Triton would compile anew for an int
     kinds = k.Kinds(
         *(k.TYPES[column[0].dtype] for column in columns),
         masters=bool(masters),
@@ -135,7 +149,7 @@ def _lamb_(
         if function == fused.GRAD_SQ_NORMS:
             launch(k.grad_sq_norms, partials)
             k.add_partials[(rows,)](table, rows, None, partials, out, 1, False, **k.OPTIONS)
-        elif function == fused.STEP and ONE_LAUNCH:
+        elif function == fused.STEP and ONE_LAUNCH and chunks.count:
             order, segments, tickets = _order(chunks)
             counters = torch.zeros(2 + 2 * rows, dtype=torch.int32, device=device)
             k.step[(tickets,)](
@@ -155,7 +169,7 @@ for key in ("CUDA", "XPU"):
 
 
 def _is_number(n: Tensor, device: torch.device) -> bool:
-    # For the interpreter, whose device is the CPU, float64 is what was a number for the caller, too.
+    # For the interpreter, whose device is the CPU, a number of the caller is float64; other tensors stand for a GPU's.
     return n.is_cpu and (device.type != "cpu" or n.dtype == torch.float64)
 
 
@@ -232,23 +246,23 @@ class _Pinned:
     a reserve that is made before, and never given back.
     """
 
-    RESERVED = 16  # times the largest table so far
+    RESERVED = 16  # times the largest table so far: what can be captured before there is another step outside of a graph
 
     def __init__(self) -> None:
-        self.reserve = torch.empty(0, dtype=torch.int64)
+        self.reserve = torch.empty(0, dtype=torch.int64, device="cpu")
         self.captured: list[Tensor] = []
 
     def take(self, count: int) -> Tensor:
         """Return memory for that many int64."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             if count > len(self.reserve):
-                raise RuntimeError("this step() cannot be captured in a graph; take a step outside of it before")
+                raise RuntimeError("no more can be captured in a graph now; take a step outside of one before, and between two")
             self.captured.append(self.reserve[:count])
             self.reserve = self.reserve[count:]
             return self.captured[-1]
-        if len(self.reserve) < self.RESERVED * count:
-            self.reserve = torch.empty(2 * self.RESERVED * count, dtype=torch.int64, pin_memory=True)
-        return torch.empty(count, dtype=torch.int64, pin_memory=True)
+        if len(self.reserve) < self.RESERVED // 2 * count:
+            self.reserve = torch.empty(self.RESERVED * count, dtype=torch.int64, device="cpu", pin_memory=True)
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 _pinned = _Pinned()

@@ -33,6 +33,11 @@ def launch_options(backend: str) -> dict[str, int | bool]:
     return {**options, "maxnreg": REGISTERS} if backend == "cuda" else options
 
 
+def find_launcher() -> None:
+    """Build what launches kernels, with the system's C compiler, where that has not been done; raises where it cannot be."""
+    triton.runtime.driver.active.get_current_target()
+
+
 OPTIONS = launch_options("hip" if torch.version.hip else "cuda" if torch.version.cuda else "")
 
 # The table, of int64. A row's full chunks, if all its tensors are aligned, and the rest of its chunks are numbered apart: first
@@ -123,7 +128,7 @@ def add_partials(table, rows, skip, partials, sums, COLUMNS: tl.constexpr, COUNT
             return
     _add_partials(table, rows, tl.program_id(0), partials, sums, COLUMNS)
     if COUNT:
-        _count(_record(table, rows, tl.program_id(0)))
+        _count(_record(table, rows, tl.program_id(0)), tl.program_id(0) < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -181,8 +186,9 @@ def step(table, rows, kinds: tl.constexpr, numbers, skip, partials, sq_norms, or
             _apply(table, rows, row, chunk, kinds, numbers, sq_norms, 1.0, False)
     tl.debug_barrier()  # all threads have read the step count that the last program changes
     if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tickets - 1:
-        for row in range(rows):
-            _count(_record(table, rows, row))
+        for start in range(0, rows, BLOCK):
+            lanes = start + tl.arange(0, BLOCK)
+            _count(_record(table, rows, lanes), lanes < rows)
 
 
 # Rows and chunks.
@@ -359,10 +365,11 @@ def _add_partials(table, rows, row, partials, sums, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _count(record):
-    if tl.load(record + COUNTS) != 0:
-        step = tl.load(record + STEP).to(tl.pointer_type(tl.float32))
-        tl.store(step, tl.load(step) + 1.0)
+def _count(record, inside):
+    """Count the step of one row, or of those that are inside."""
+    counts = tl.load(record + COUNTS, mask=inside, other=0) != 0
+    step = tl.load(record + STEP, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(step, tl.load(step, mask=counts, other=0.0) + 1.0, mask=counts)
 
 
 # The rule: see rule.py.
