@@ -86,13 +86,14 @@ LAYOUT_BACKENDS_AND_SEEDS = [
     )
     for seed, case in _SEEDS_AND_BACKENDS
 ]
-# In every form with the fixed numbers; with fresh ones, `make test` takes the plain forms.
+# In `make test`, every form with the fixed numbers, but for two that combine others, and the plain forms with fresh ones.
+_COMBINED = ("single-capturable", "foreach-capturable-two-phase")
 BACKENDS_AND_SEEDS = [
     pytest.param(
         case,
         *seed.values,
         id=f"{case.name}-{seed.id}",
-        marks=[pytest.mark.slow] if seed.id == "fresh" and case.name not in PLAIN else [],
+        marks=[pytest.mark.slow] if case.name in _COMBINED or (seed.id == "fresh" and case.name not in PLAIN) else [],
     )
     for seed, case in _SEEDS_AND_BACKENDS
 ]
