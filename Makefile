@@ -27,7 +27,7 @@ test-all: test test-slow
 test-slow: .venv/test.stamp $(if $(LINUX),.venv/triton.stamp)
 	$(BIN)/python -m pytest -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
-	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/test_gpu.py)
+	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/test_gpu.py -m "not slow")
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(INTERPRETED) -m "not slow")
 
 check: .venv/test.stamp
