@@ -335,17 +335,19 @@ def test_kernels_do_what_eager_arithmetic_does(tensors, options, blocks, seed):
     eager = [nn.Parameter(v.clone()) for v in values]
     fused = torchlamb.Lamb(grouped(ours, blocks), fused=True, **options)
     single = torchlamb.Lamb(grouped(eager, blocks), foreach=False, **options)
+    largest = [0.0] * len(tensors)  # of the gradients so far, whose sum, the first moment, can cancel
     for _ in range(3):
-        for p, q, t in zip(ours, eager, tensors, strict=True):
+        for i, (p, q, t) in enumerate(zip(ours, eager, tensors, strict=True)):
             p.grad = q.grad = None
             p.grad_dtype = q.grad_dtype = F32 if t["float32_grad"] else t["dtype"]
             if t["has_grad"]:
                 grad = torch.randn(p.shape, generator=generator).to(p.grad_dtype)
                 p.grad, q.grad = laid_out(grad, t["grad_layout"]), grad
+                largest[i] = max(largest[i], grad.abs().max().item() if grad.numel() else 0.0)
         before = [q.detach().clone() for q in eager]
         fused.step()
         single.step()
-        for p, q, old, t in zip(ours, eager, before, tensors, strict=True):
+        for i, (p, q, old, t) in enumerate(zip(ours, eager, before, tensors, strict=True)):
             assert (p in fused.state) == (q in single.state) == t["has_grad"]
             assert_close(p.detach(), q.detach(), old)
             if not t["has_grad"]:
@@ -356,13 +358,14 @@ def test_kernels_do_what_eager_arithmetic_does(tensors, options, blocks, seed):
                 if name == "master":
                     assert_close(close, exact, old)
                 else:
-                    torch.testing.assert_close(
-                        close, exact, rtol=1e-6, atol=2e-6 * exact.abs().amax().item() if exact.numel() else 0
-                    )
+                    terms = exact.abs().amax().item() if exact.numel() else 0.0
+                    terms = max(terms, largest[i]) if name == "exp_avg" else terms
+                    torch.testing.assert_close(close, exact, rtol=1e-6, atol=2e-6 * terms)
                 exact.copy_(close)  # both go on from here: a rounding that differs counts once
             q.data.copy_(p)
     for key, ratio in single.trust_ratios().items():
-        torch.testing.assert_close(fused.trust_ratios()[key], ratio, rtol=3e-6, atol=0)
+        few = eager[key].numel() // ratio.numel() < 4  # so that all of an update can cancel, and its norm with it
+        torch.testing.assert_close(fused.trust_ratios()[key], ratio, rtol=1e-3 if few else 3e-6, atol=0)
 
 
 def walled(values, dtype):
