@@ -28,7 +28,7 @@ class Reference:
         self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
         self.walked = [np.zeros_like(p) for p in self.params]  # sum over the steps of |w|
         self.largest = [np.abs(p) for p in self.params]  # over the steps, of |w|
-        self.ratios: list[list[tuple[float, float]]] = [[] for _ in params]  # per block: ratio, cancellation in the update
+        self.ratios: list[list[tuple[float, float]]] = [[] for _ in params]  # per block: ratio, terms of the update / update
 
     def step(self, grads: list[Array | None]) -> bool:
         """Return whether the step was taken."""
@@ -55,16 +55,15 @@ class Reference:
         v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
         self.uncancelled[i] = beta1 * self.uncancelled[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * np.abs(g)
         m, v = self.store("exp_avg", i, t, m), self.store("exp_avg_sq", i, t, v)
-        m_hat = m / (1 - beta1**t) if o["bias_correction"] else m
-        v_hat = v / (1 - beta2**t) if o["bias_correction"] else v
-        direction = m_hat / (np.sqrt(v_hat) + o["eps"])
-        u = direction + o["weight_decay"] * w
+        correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if o["bias_correction"] else (1.0, 1.0)
+        denom = np.sqrt(v / correction2) + o["eps"]
+        u = m / correction1 / denom + o["weight_decay"] * w
+        terms = self.uncancelled[i] / correction1 / denom + o["weight_decay"] * np.abs(w)
         new, self.ratios[i] = w.copy(), []
         for block in np.split(np.arange(len(w)), o["blocks"]) if o["blocks"] > 1 else [...]:
             ratio = _trust_ratio(np.sqrt(np.square(w[block]).sum()), np.sqrt(np.square(u[block]).sum()), o)
             new[block] = w[block] - o["lr"] * ratio * u[block]
-            parts = np.abs(direction[block]) + o["weight_decay"] * np.abs(w[block])
-            self.ratios[i].append((ratio, float(np.linalg.norm(parts) / (np.linalg.norm(u[block]) or 1.0))))
+            self.ratios[i].append((ratio, float(np.linalg.norm(terms[block]) / (np.linalg.norm(u[block]) or 1.0))))
         new = self.store("param", i, t, new)
         self.paths[i] += np.abs(new - w)
         self.walked[i] += np.abs(w)

@@ -78,7 +78,7 @@ def check_ratios(optimizer: torchlamb.Lamb, expected: dict[str, list[tuple[float
     for name, ratio in ratios.items():
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
         for got, (wanted, cancellation) in zip(ratio.reshape(-1).tolist(), expected[name], strict=True):
-            # Where direction and decay cancel, the update has their errors at a smaller size.
+            # Where gradients cancel in the first moment, or it and the decay, the update has their errors at a smaller size.
             assert got == pytest.approx(wanted, rel=tolerance * max(1.0, cancellation)), name
 
 
