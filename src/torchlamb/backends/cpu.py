@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import torchlamb.backends.fused as fused
-from torchlamb.bucket import Bucket
 
 ABI = 1
 ISAS = ("baseline", "avx2", "avx512")
@@ -112,65 +111,29 @@ def why_not(dtypes: Sequence[torch.dtype]) -> str | None:
     return fused.why_not(dtypes) if library.isa else library.why_not
 
 
-def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
-    """See `torchlamb.backends.Backend`."""
-    fused.call(fused.GRAD_SQ_NORMS, bucket, out, _lamb_)
-
-
-def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
-    """See `torchlamb.backends.Backend`."""
-    fused.call(fused.ACCUMULATE, bucket, sq_norms, _lamb_)
-
-
-def apply(bucket: Bucket, sq_norms: Tensor) -> None:
-    """See `torchlamb.backends.Backend`."""
-    fused.call(fused.APPLY, bucket, sq_norms, _lamb_)
-
-
-def step(bucket: Bucket, sq_norms: Tensor) -> None:
-    """Do `accumulate` and `apply` for a few rows at a time, walking back over what is still in cache."""
-    fused.call(fused.STEP, bucket, sq_norms, _lamb_)
-
-
-def _lamb_(
-    function: int,
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    seeds: list[Tensor],
-    starts: list[Tensor],  # of each row with a seed: those of its `Runs`, empty where there are none
-    runs: list[int],  # and its first, length and stride
-    out: Tensor,
-    lr: Tensor,
-    grad_factor: Tensor,
-    skip: Tensor | None,
-    numbers: list[float],
-    flags: int,
-) -> None:
+def _run(call: fused.Call) -> None:
     """Call a kernel with the tensors' addresses."""
-    if any(g.is_neg() for g in grads):
-        grads = [g.resolve_neg() for g in grads]
-    sizes = [p.numel() for p in params]
-    lengths = array("q", sizes)
-    tensors = [_addresses(column) for column in (params, grads, exp_avgs, exp_avg_sqs)]
-    others = [_addresses(column) if column else None for column in (masters, steps, seeds)]
-    table = (_Runs * len(seeds))(
-        *(_Runs(runs[3 * i], start.data_ptr(), *runs[3 * i + 1 : 3 * i + 3]) for i, start in enumerate(starts))
+    lengths = array("q", [p.numel() for p in call.params])
+    columns = (call.params, call.grads, call.exp_avgs, call.exp_avg_sqs)
+    addresses = [_addresses(column) for column in (*columns, call.masters, call.steps, call.seeds)]
+    table = (_Runs * len(call.seeds))(
+        *(_Runs(call.runs[3 * i], start.data_ptr(), *call.runs[3 * i + 1 : 3 * i + 3]) for i, start in enumerate(call.starts))
     )
     rows = _Rows(
-        len(params),
+        len(call.params),
         lengths.buffer_info()[0],
-        *(None if addresses is None else addresses.buffer_info()[0] for addresses in (*tensors, *others)),
-        ctypes.addressof(table) if seeds else None,
-        *(fused.DTYPES.index(column[0].dtype) for column in (params, grads, exp_avgs, exp_avg_sqs)),
+        *(column.buffer_info()[0] if column else None for column in addresses),
+        ctypes.addressof(table) if call.seeds else None,
+        *(fused.DTYPES.index(column[0].dtype) for column in columns),
     )
-    lr, grad_factor = lr.double(), grad_factor.float()
-    options = _Options(*numbers, flags, lr.data_ptr(), grad_factor.data_ptr(), None if skip is None else skip.data_ptr())
-    error = library.functions[function](
-        ctypes.byref(rows), ctypes.byref(options), ctypes.c_void_p(library.parallel_for), ctypes.c_void_p(out.data_ptr())
+    lr, grad_factor, skip = call.lr.double(), call.grad_factor.float(), call.skip
+    options = _Options(
+        *(*call.numbers, call.flags),
+        *(lr.data_ptr(), grad_factor.data_ptr(), None if skip is None else skip.data_ptr()),
+    )
+    error = library.functions[call.function](
+        *(ctypes.byref(rows), ctypes.byref(options)),
+        *(ctypes.c_void_p(library.parallel_for), ctypes.c_void_p(call.out.data_ptr())),
     )
     if error:
         raise RuntimeError("torch_parallel_for failed; what the step has done until then stays")
@@ -180,4 +143,5 @@ def _addresses(tensors: list[Tensor]) -> array[int]:
     return array("Q", [t.data_ptr() for t in tensors])
 
 
-fused.operators.impl("lamb_", _lamb_, "CPU")  # type: ignore[no-untyped-call]
+# Of `torchlamb.backends.Backend`. `step` takes a few rows at a time, walking back over what is still in cache.
+grad_sq_norms, accumulate, apply, step = fused.functions(_run, "CPU")

@@ -5,8 +5,10 @@ This room knows buckets and the rule's numbers. It must not know how kernels are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +28,48 @@ def why_not(dtypes: Sequence[torch.dtype]) -> str | None:
     return f"they have no {str(odd[0]).removeprefix('torch.')}" if odd else None
 
 
-def call(function: int, bucket: Bucket, out: Tensor, kernels: Callable[..., None]) -> None:
-    """Call a device's kernels on a bucket, or leave the call to a graph that is being compiled.
+class Call(NamedTuple):
+    """The arguments of the operator `torchlamb::lamb_`, in its order; lists are of rows, and empty where there are none."""
+
+    function: int
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]
+    steps: list[Tensor]
+    seeds: list[Tensor]
+    starts: list[Tensor]  # of each row with a seed: those of its `Runs`, empty where there are none
+    runs: list[int]  # and its first, length and stride
+    out: Tensor  # (rows, 2) sums of squares that are read or written, (rows,) for those of gradients
+    lr: Tensor
+    grad_factor: Tensor
+    skip: Tensor | None
+    numbers: list[float]  # beta1, beta2, eps, weight_decay, and both bounds' low and high
+    flags: int
+
+
+def functions(run: Callable[[Call], None], *keys: str) -> list[Callable[[Bucket, Tensor], None]]:
+    """Return the four functions of a backend, in the order of the numbers above.
 
     Args:
-        function: one of those above
-        bucket: what they work on
-        out: (rows, 2) sums of squares that they read or write, (rows,) for those of gradients
-        kernels: takes the arguments of the operator `torchlamb::lamb_`
+        run: calls a device's kernels
+        keys: of torch's dispatcher, for which it becomes the operator
     """
+
+    def lamb_(*arguments: Any) -> None:
+        call = Call(*arguments)
+        if any(g.is_neg() for g in call.grads):
+            call = call._replace(grads=[g.resolve_neg() for g in call.grads])
+        run(call)
+
+    for key in keys:
+        operators.impl("lamb_", lamb_, key)  # type: ignore[no-untyped-call]
+    return [functools.partial(_call, lamb_, function) for function in (GRAD_SQ_NORMS, ACCUMULATE, APPLY, STEP)]
+
+
+def _call(kernels: Callable[..., None], function: int, bucket: Bucket, out: Tensor) -> None:
+    """Call the kernels on a bucket, or leave the call to a graph that is being compiled."""
     s = bucket.scalars
     phi, ratio = s.phi_bounds or (0.0, math.inf), s.trust_ratio_bounds or (0.0, math.inf)
     flags = (

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import torchlamb.backends.fused as fused
-from torchlamb.bucket import Bucket
 
 COUNTS_STEPS = True  # see `torchlamb.backends.Backend`
 DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
@@ -77,54 +76,16 @@ def why_not(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     return kernels.why_not(device) or fused.why_not(dtypes)
 
 
-def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
-    """See `torchlamb.backends.Backend`."""
-    fused.call(fused.GRAD_SQ_NORMS, bucket, out, _lamb_)
-
-
-def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
-    """See `torchlamb.backends.Backend`."""
-    fused.call(fused.ACCUMULATE, bucket, sq_norms, _lamb_)
-
-
-def apply(bucket: Bucket, sq_norms: Tensor) -> None:
-    """See `torchlamb.backends.Backend`."""
-    fused.call(fused.APPLY, bucket, sq_norms, _lamb_)
-
-
-def step(bucket: Bucket, sq_norms: Tensor) -> None:
-    """Do `accumulate` and `apply` with one table, or with one launch."""
-    fused.call(fused.STEP, bucket, sq_norms, _lamb_)
-
-
-def _lamb_(
-    function: int,
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    seeds: list[Tensor],
-    starts: list[Tensor],  # of each row with a seed: those of its `Runs`, empty where there are none
-    runs: list[int],  # and its first, length and stride
-    out: Tensor,
-    lr: Tensor,
-    grad_factor: Tensor,
-    skip: Tensor | None,
-    numbers: list[float],
-    flags: int,
-) -> None:
+def _run(call: fused.Call) -> None:
     """Launch the kernels of a function on the tensors' device."""
-    if any(g.is_neg() for g in grads):
-        grads = [g.resolve_neg() for g in grads]
-    k, device, rows = kernels.module, params[0].device, len(params)
-    columns = [params, grads, exp_avgs, exp_avg_sqs]
-    chunks = _Chunks([p.numel() for p in params], _are_aligned([*columns, masters]), k.CHUNK.value)
-    beta1, beta2, eps, weight_decay, *bounds = map(float, numbers)  # Triton would compile anew for an int
+    k, device, rows, skip, out = kernels.module, call.params[0].device, len(call.params), call.skip, call.out
+    function, flags = call.function, call.flags
+    columns = [call.params, call.grads, call.exp_avgs, call.exp_avg_sqs]
+    chunks = _Chunks([p.numel() for p in call.params], _are_aligned([*columns, call.masters]), k.CHUNK.value)
+    beta1, beta2, eps, weight_decay, *bounds = map(float, call.numbers)  # Triton would compile anew for an int
     kinds = k.Kinds(
         *(k.TYPES[column[0].dtype] for column in columns),
-        masters=bool(masters),
+        masters=bool(call.masters),
         rounds_params=bool(flags & fused.STOCHASTIC_ROUNDING),
         bias_correction=bool(flags & fused.BIAS_CORRECTION),
         grad_averaging=bool(flags & fused.GRAD_AVERAGING),
@@ -132,13 +93,13 @@ def _lamb_(
         decays=weight_decay != 0,
     )
     scalars = k.Numbers(
-        *(n.item() if _is_number(n, device) else n for n in (lr, grad_factor)),
+        *(n.item() if _is_number(n, device) else n for n in (call.lr, call.grad_factor)),
         *(beta1, beta2, 1 - beta1, 1 - beta2),
         *(math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)),
         *(eps, weight_decay, *bounds),
     )
     with _on(device):
-        table = _to_device(_table(chunks, [*columns, masters, steps, seeds], starts, runs), device)
+        table = _to_device(_table(chunks, [*columns, call.masters, call.steps, call.seeds], call.starts, call.runs), device)
         partials = torch.empty(chunks.count, 2, dtype=torch.float32, device=device)
 
         def launch(kernel: Any, *arguments: Any) -> None:
@@ -164,8 +125,8 @@ def _lamb_(
                 launch(k.apply, scalars, skip, out)
 
 
-for key in ("CUDA", "XPU"):
-    fused.operators.impl("lamb_", _lamb_, key)  # type: ignore[no-untyped-call]
+# Of `torchlamb.backends.Backend`. `step` does with one table, or with one launch, what `accumulate` and `apply` do.
+grad_sq_norms, accumulate, apply, step = fused.functions(_run, "CUDA", "XPU")
 
 
 def _is_number(n: Tensor, device: torch.device) -> bool:
