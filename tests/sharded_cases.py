@@ -490,9 +490,29 @@ def one_bad_shard_skips_the_step_everywhere(world: int, options: dict[str, Any])
                 if step == 1 and dist.get_rank() == world - 1:
                     params[0].grad.to_local()[0, 0] = bad
                 optimizer.step()
+                assert optimizer.skipped_steps.item() == min(step, 1)
+                assert optimizer.nonfinite_parameters() == [0] * min(step, 1)
                 for p, old in zip(params, before, strict=True):
                     assert (p.numel() == 0 or not torch.equal(whole(p), old)) == (step != 1 or p.numel() == 0)
             assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+@case(2, 3, 4, each={"single": {}, "foreach": {"foreach": True}, "capturable": {"capturable": True}})
+def a_parameter_that_is_not_finite_stays_everywhere(world: int, options: dict[str, Any]) -> None:
+    """Also on processes that have none of what is not finite, or no gradient of it."""
+    params = random_params(layouts(world))
+    optimizer = torchlamb.Lamb(params, lr=0.1, skip_nonfinite=True, **options)
+    if dist.get_rank() == world - 1:
+        params[0].detach().to_local()[0, 0] = torch.inf
+    for step in range(1, 4):
+        before = [whole(p) for p in params]
+        for i, p in enumerate(params):
+            p.grad = None if i == 0 and step == 3 and dist.get_rank() == 0 else like(torch.ones(p.shape), p)
+        optimizer.step()
+        for i, (p, old) in enumerate(zip(params, before, strict=True)):
+            assert p.numel() == 0 or torch.equal(whole(p), old) == (i == 0)
+        assert optimizer.skipped_steps.item() == step
+        assert optimizer.nonfinite_parameters() == [0]
 
 
 @case(2, 3, 4)
@@ -505,8 +525,10 @@ def found_inf_is_made_global(world: int) -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(float(dist.get_rank() == world - 1))
     optimizer.step()
     assert all(torch.equal(whole(p), old) for p, old in zip(params, before, strict=True))
+    assert optimizer.skipped_steps.item() == 1
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
     assert not torch.equal(whole(params[0]), before[0])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ def set_grads(params: list[nn.Parameter], step: int) -> None:
 
 
 def snapshot(params, optimizer):
-    return copy.deepcopy([p.detach() for p in params]), copy.deepcopy(optimizer.state_dict()["state"])
+    """Parameters and state, without the count of skipped steps."""
+    state = {i: {k: v for k, v in s.items() if k != "skipped"} for i, s in optimizer.state_dict()["state"].items()}
+    return copy.deepcopy([p.detach() for p in params]), copy.deepcopy(state)
 
 
 def assert_same(a, b) -> None:
@@ -36,21 +40,33 @@ def assert_same(a, b) -> None:
     assert all(torch.equal(value, b[1][i][key]) for i, state in a[1].items() for key, value in state.items())
 
 
+def is_finite(params, optimizer) -> bool:
+    tensors = [*params, *(value for state in optimizer.state.values() for value in state.values())]
+    return all(t.isfinite().all() for t in tensors)
+
+
+# Step: parameter and element that are bad then, the first, a middle and the last one of a matrix among them, and a 0-dim one.
+BAD_AT = {0: (1, 0), 3: (0, 0), 4: (0, 7), 6: (0, 14), 7: (1, 0), 8: (3, 6)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *([] if GPU_KERNELS else [torch.float64])], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30], ids=str)
 @pytest.mark.parametrize("guard", GUARDS, ids=str)
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
 def test_bad_gradient(case, guard, bad, dtype, monkeypatch):
-    """At the first and at the fifth step, in a matrix and in a 0-dim parameter."""
+    """At the first step and at later ones: nothing changes, it is counted, and the parameter is told."""
     use(monkeypatch, case)
     params, plain = make_params(dtype), make_params(dtype)
-    optimizer = torchlamb.Lamb(params, weight_decay=0.1, **guard, **case.options)
+    names = ["matrix", "scalar", "empty", "vector"]
+    optimizer = torchlamb.Lamb(zip(names, params, strict=True), weight_decay=0.1, **guard, **case.options)
     reference = torchlamb.Lamb(plain, weight_decay=0.1, **guard, **case.options)
-    for step in range(7):
-        if step in (0, 4):
+    skipped, last = 0, []
+    for step in range(10):
+        if step in BAD_AT:
             before = snapshot(params, optimizer)
             set_grads(params, step)
-            (params[0].grad[-1, -1] if step else params[1].grad).fill_(bad)
+            index, element = BAD_AT[step]
+            params[index].grad.view(-1)[element] = bad
             optimizer.step()
             after = snapshot(params, optimizer)
             if step == 0:  # state exists now, and is that of no step
@@ -59,14 +75,144 @@ def test_bad_gradient(case, guard, bad, dtype, monkeypatch):
             else:
                 assert_same(before, after)
             assert all(ratio.isnan().all() for ratio in optimizer.trust_ratios().values())
-            continue
-        for p in (params, plain):
-            set_grads(p, step)
-        optimizer.step()
-        reference.step()
-        assert all(ratio.isfinite().all() for ratio in optimizer.trust_ratios().values())
+            skipped, last = skipped + 1, [names[index]]
+        else:
+            for p in (params, plain):
+                set_grads(p, step)
+            optimizer.step()
+            reference.step()
+            assert all(ratio.isfinite().all() for ratio in optimizer.trust_ratios().values())
+        assert optimizer.skipped_steps.item() == skipped
+        assert optimizer.nonfinite_parameters() == last
+        assert is_finite(params, optimizer)
     assert_same(snapshot(params, optimizer), snapshot(plain, reference))
-    assert optimizer.state[params[0]]["step"].item() == 5
+    assert optimizer.state[params[0]]["step"].item() == 10 - len(BAD_AT)
+    assert reference.skipped_steps.item() == 0
+    assert reference.nonfinite_parameters() == []
+
+
+@pytest.mark.parametrize("storage", [{}, {"master_weights": True}, {"stochastic_rounding": True}, {"blocks": 2}], ids=str)
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+def test_an_update_whose_norm_is_not_finite(case, storage, monkeypatch):
+    """The parameter stays, the others and all moments go on, and it is counted; so for a parameter that is not finite."""
+    use(monkeypatch, case)
+    dtype = torch.float32 if "blocks" in storage else torch.bfloat16
+    huge, poisoned, fine = params = [nn.Parameter(torch.full((4, 3), 2.0, dtype=dtype)) for _ in range(3)]
+    poisoned.data[3, 2] = math.inf
+    groups = [{"params": [huge], "weight_decay": 1e30}, {"params": [poisoned, fine]}]
+    optimizer = torchlamb.Lamb(groups, lr=0.1, skip_nonfinite=True, **storage, **case.options)
+    for step in range(1, 4):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        left = [slice(None), slice(2, None)] if "blocks" in storage else [slice(None), slice(None)]  # one block is fine
+        assert torch.equal(huge[left[0]], before[0][left[0]])
+        assert torch.equal(poisoned[left[1]], before[1][left[1]])
+        assert not torch.equal(fine, before[2])
+        assert optimizer.skipped_steps.item() == step
+        assert optimizer.nonfinite_parameters() == [0, 1]
+        assert [ratio.isnan().any().item() for ratio in optimizer.trust_ratios().values()] == [True, True, False]
+        for p in params:
+            assert optimizer.state[p]["step"].item() == step
+            assert optimizer.state[p]["exp_avg"].isfinite().all()
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    poisoned.data.fill_(2.0)
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 3
+    assert all(not torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+def test_gradients_that_overflow_together(case, monkeypatch):
+    """Each sum is finite, the total is not: the large ones are told."""
+    use(monkeypatch, case)
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = torchlamb.Lamb(params, max_grad_norm=1.0, **case.options)
+    for p, size in zip(params, (1e19, 1.0, 1e19), strict=True):
+        p.grad = torch.tensor([size, size, 0.0])
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert optimizer.nonfinite_parameters() == [0, 2]
+
+
+def skipping_once(**options):
+    params = make_params()
+    optimizer = torchlamb.Lamb(params, skip_nonfinite=True, **options)
+    for bad in (1.0, math.nan):
+        set_grads(params, 0)
+        params[3].grad[2] *= bad
+        optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_last_skipped_step_is_remembered_whatever_has_gradients_since(capturable):
+    params, optimizer = skipping_once(capturable=capturable)
+    for absent in range(4):
+        set_grads(params, absent)
+        params[absent].grad = None
+        optimizer.step()
+        assert optimizer.nonfinite_parameters() == [3]
+    late = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.nonfinite_parameters() == [3]
+    late.grad = torch.tensor([1.0, math.inf])
+    optimizer.step()
+    assert optimizer.nonfinite_parameters() == [4]
+    assert optimizer.skipped_steps.item() == 2
+    assert optimizer.state[late]["skipped"] is optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_count_is_saved(how, capturable):
+    params, optimizer = skipping_once(capturable=capturable)
+    if how == "state_dict":
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        other = make_params(torch.bfloat16)
+        resumed = torchlamb.Lamb(other, skip_nonfinite=True)
+        resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    elif how == "deepcopy":
+        other, resumed = copy.deepcopy((params, optimizer))
+    else:
+        other, resumed = pickle.loads(pickle.dumps((params, optimizer)))
+    assert resumed.skipped_steps.item() == 1
+    assert resumed.skipped_steps.dtype == torch.int64
+    for bad in (math.nan, 1.0):
+        set_grads(other, 1)
+        other[0].grad[0, 0] *= bad
+        resumed.step()
+    assert resumed.skipped_steps.item() == 2
+    assert resumed.nonfinite_parameters() == [0]
+    assert {state["skipped"].item() for state in resumed.state.values()} == {2}
+    assert optimizer.skipped_steps.item() == 1
+
+
+def test_nothing_is_counted_without_a_guard():
+    params = make_params()
+    optimizer = torchlamb.Lamb(params)
+    set_grads(params, 0)
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 0
+    assert optimizer.nonfinite_parameters() == []
+    assert all("skipped" not in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_steps_that_a_scaler_has_this_optimizer_skip_are_counted(fused):
+    params = make_params()
+    optimizer = torchlamb.Lamb(params, fused=fused)
+    for found in (0.0, 1.0, 1.0, 0.0):
+        set_grads(params, 0)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found)
+        optimizer.step()
+    assert optimizer.skipped_steps.item() == 2
+    assert optimizer.nonfinite_parameters() == []
 
 
 @pytest.mark.parametrize("case", BACKEND_PARAMS)

@@ -77,7 +77,7 @@ def test_saved_in_mid_training_continues_bitwise(how, options, dtype):
     assert repr(resumed) == repr(optimizer)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         for key, value in optimizer.state[p].items():
-            assert value.dtype == torch.float32
+            assert value.dtype == (torch.int64 if key == "skipped" else torch.float32)
             assert torch.equal(value, resumed.state[q][key]), key
     assert resumed.trust_ratios().keys() == optimizer.trust_ratios().keys()
 

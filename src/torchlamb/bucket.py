@@ -49,6 +49,7 @@ class Bucket:
     on_device: bool = False  # step counts stay tensors: nothing may be read back by the host
     grad_factor: float | Tensor = 1.0  # sign, clip coefficient and loss scale in one; 0-dim where a tensor
     skip: Tensor | None = None  # 0-dim bool: keep every old value
+    is_guarded: bool = False  # keep the parameters whose norms are not finite
 
     def __len__(self) -> int:
         return len(self.params)
@@ -182,6 +183,16 @@ class Bucket:
         dims, grad = grad.dim() - self.is_complex, cast(grad, self.dtype)
         return rule.centralize(grad, dims) if dims >= 3 else grad
 
+    def left(self, sq_norms: Tensor) -> Sequence[bool | Tensor]:
+        """Return, for each row, whether its parameter stays as it is: a bool where the host may know, else a 0-dim tensor.
+
+        It stays where the whole step is skipped and, under a guard, where one of its norms is not finite.
+        """
+        if not self.is_guarded:
+            return [False if self.skip is None else self.skip] * len(self)
+        left = rule.leaves(sq_norms)
+        return left.tolist() if self.skip is None else (left | self.skip).unbind()
+
     def batches(self, elements: int) -> Iterator[tuple[slice, Bucket]]:
         """Cut into buckets of at most that many elements, or of one row where a single row is larger."""
         start, size = 0, 0
@@ -291,6 +302,13 @@ def weight(param: Tensor, master: Tensor | None, dtype: torch.dtype) -> Tensor:
     if master is None:
         return cast(param, dtype)
     return torch.where(param == master.to(param.dtype), master, param.to(master.dtype))
+
+
+def select(left: bool | Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Return the old value where it is left, else the new one. Never multiplied by 0: 0 x NaN is NaN."""
+    if isinstance(left, Tensor):
+        return torch.where(left, old, new)
+    return old if left else new
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

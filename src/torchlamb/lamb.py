@@ -18,17 +18,19 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 from torchlamb import rule
 from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import is_small, sort_into_buckets, squares_without_grad
-from torchlamb.guard import guard, is_guarded
+from torchlamb.guard import Record, guard, is_guarded, note_
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
-from torchlamb.sharding import Plan, check_guard_is_global, make_local_, why_flat
+from torchlamb.sharding import Plan, Rows, check_guard_is_global, make_local_, why_flat
 from torchlamb.state import Storage, adopt
 
 
 class _LastStep:
-    """What `trust_ratios` reads. An object of its own: what a compiled step assigns to an optimizer itself is lost."""
+    """What is told of steps. An object of its own: what a compiled step assigns to an optimizer itself is lost."""
 
-    buckets: Sequence[tuple[list[int], Scalars, Tensor, Tensor | None]] = ()  # indices, scalars, sq_norms (rows, 2), skip
+    # Of each bucket: indices, scalars, sq_norms (rows, 2), skip and is_guarded.
+    buckets: Sequence[tuple[list[int], Scalars, Tensor, Tensor | None, bool]] = ()
+    record: Record | None = None  # where steps can be skipped
 
 
 class Lamb(Optimizer):
@@ -187,10 +189,14 @@ class Lamb(Optimizer):
                 loss = closure()
         work, plan = self._resolve()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        skipped = guard(work, plan, self.param_groups, scale, found_inf)
+        verdict = guard(work, plan, self.param_groups, scale, found_inf)
         sq_norms = [bucket.new_sq_norms() for _, bucket in work]
-        self._last.buckets = [(b.indices, b.scalars, rows, b.skip) for (_, b), rows in zip(work, sq_norms, strict=True)]
-        if skipped:
+        self._last.buckets = [
+            (b.indices, b.scalars, rows, b.skip, b.is_guarded) for (_, b), rows in zip(work, sq_norms, strict=True)
+        ]
+        if verdict.skipped:
+            if self._last.record is not None:
+                note_(self._last.record, verdict, ())
             return loss
         in_two_phases = []
         for (backend, bucket), rows in zip(work, sq_norms, strict=True):
@@ -203,12 +209,16 @@ class Lamb(Optimizer):
             else:
                 backend.accumulate(bucket, rows)
                 in_two_phases.append((backend, bucket, rows))
+        updates: Rows = [(b.indices, rows) for (_, b), rows in zip(work, sq_norms, strict=True) if not b.process_groups]
         if plan is not None:
             tables = [(b.indices, rows) for _, b, rows in in_two_phases if b.process_groups]
             complete = sum(len(indices) for indices, _ in tables) == plan.rows
-            plan.add_sq_norms_(tables, {} if complete else squares_without_grad(plan, self.param_groups, self.state))
+            table = plan.add_sq_norms_(tables, {} if complete else squares_without_grad(plan, self.param_groups, self.state))
+            updates = [*updates, (plan.indices, table)]
         for backend, bucket, rows in in_two_phases:
             backend.apply(bucket, rows)
+        if self._last.record is not None and (verdict.grad_sq_norms or verdict.skip is not None):
+            note_(self._last.record, verdict, updates if verdict.grad_sq_norms else ())
         return loss
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
@@ -228,19 +238,61 @@ class Lamb(Optimizer):
             >>> list(optimizer.trust_ratios())
             ['weight']
         """
-        names = [name for group in self.param_groups for name in group.get("param_names", [])]
-        by_name = len(set(names)) == sum(len(group["params"]) for group in self.param_groups)
+        names = self._names()
         rows_of: dict[int, list[Tensor]] = {}
-        for indices, scalars, sq_norms, skip in self._last.buckets:
+        for indices, scalars, sq_norms, skip, guarded in self._last.buckets:
             ratios = rule.trust_ratio(sq_norms, scalars)
+            if guarded:
+                ratios = torch.where(rule.leaves(sq_norms), torch.nan, ratios)
             if skip is not None:
                 ratios = torch.where(skip, torch.nan, ratios)
             for index, ratio in zip(indices, ratios.unbind(), strict=True):
                 rows_of.setdefault(index, []).append(ratio)
-        return {
-            names[index] if by_name else index: rows[0] if len(rows) == 1 else torch.stack(rows)
-            for index, rows in sorted(rows_of.items())
-        }
+        return {names[index]: rows[0] if len(rows) == 1 else torch.stack(rows) for index, rows in sorted(rows_of.items())}
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps have left all or some parameters as they were: 0-dim int64, on the device of the parameters.
+
+        Those are, with `max_grad_norm` or `skip_nonfinite`, the steps that were skipped for a gradient that is not finite or a
+        sum of squares that overflows float32, and the steps in which a parameter's own norm or that of its update was not
+        finite; and, where a :class:`torch.amp.GradScaler` leaves it to this optimizer to skip (``fused=True``), those too. Not
+        those for which the scaler does not call `step()` at all.
+
+        It is counted on and not replaced, stands in each parameter's state as ``skipped``, and so in every state dict. Nothing
+        is read back from the device.
+
+        Example:
+            >>> import torch, torchlamb
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = torchlamb.Lamb(model.named_parameters(), skip_nonfinite=True)
+            >>> model(torch.full((8, 4), torch.nan)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.skipped_steps.item(), optimizer.nonfinite_parameters()
+            (1, ['weight', 'bias'])
+        """
+        shared = self._shared_count()
+        return torch.zeros((), dtype=torch.int64, device=self._first_device()) if shared is None else shared
+
+    def nonfinite_parameters(self) -> list[str | int]:
+        """Return because of which parameters the last step of `skipped_steps` left them as they were.
+
+        Their gradient was not finite, or has the sum of squares that overflowed; or, where the step was taken but for them,
+        their own norm or that of their update was not finite. On every process the same, wherever the shard is. Unlike
+        `skipped_steps` it is not saved, and it reads from the device.
+
+        Returns:
+            Names, where each parameter was given a name of its own, else positions in the optimizer. Empty where no step was
+            skipped since this object was made or loaded, and where only the scaler saw what was not finite.
+        """
+        record, names = self._last.record, self._names()
+        return [] if record is None else [names[i] for i in record.nonfinite.nonzero().flatten().tolist()]
+
+    def _names(self) -> Sequence[Any]:
+        """Return all parameters' names, or their positions where not each has a name of its own."""
+        names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        count = sum(len(group["params"]) for group in self.param_groups)
+        return names if len(set(names)) == count else range(count)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in torch; options it leaves out are those of the constructor.
@@ -370,6 +422,8 @@ class Lamb(Optimizer):
         """Fill seven empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
         if group is self.param_groups[0]:
             self._check_step()
+            self._last.record = self._new_record()
+        record = self._last.record
         first = sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
         storage = Storage(group)
         for i, p in enumerate(group["params"]):
@@ -378,6 +432,8 @@ class Lamb(Optimizer):
                 continue
             state = self.state[p]
             storage.fill_(state, p, first + i)
+            if record is not None:
+                state["skipped"] = record.skipped
             params.append(p)
             grads.append(grad)
             exp_avgs.append(state["exp_avg"])
@@ -386,6 +442,27 @@ class Lamb(Optimizer):
             masters.append(state["master"] if storage.keeps_master(p) else None)
             seeds.append(state["seed"] if storage.keeps_seed(p) else None)
         return False
+
+    def _new_record(self) -> Record | None:
+        """Return the record of skipped steps, brought up to date; None where none can be skipped."""
+        can_skip = any(is_guarded(group) or group["fused"] for group in self.param_groups)
+        if not can_skip and getattr(self, "found_inf", None) is None:
+            return None
+        old, skipped, count = self._last.record, self._shared_count(), sum(len(group["params"]) for group in self.param_groups)
+        if old is not None and old.skipped is skipped and len(old.nonfinite) == count:
+            return old
+        if skipped is None:
+            skipped = self.skipped_steps
+        nonfinite = torch.zeros(count, dtype=torch.bool, device=skipped.device)
+        if old is not None:
+            nonfinite[: len(old.nonfinite)] = old.nonfinite
+        return Record(skipped, nonfinite)
+
+    def _shared_count(self) -> Tensor | None:
+        return next((state["skipped"] for state in self.state.values() if "skipped" in state), None)
+
+    def _first_device(self) -> torch.device | None:
+        return next((p.device for group in self.param_groups for p in group["params"]), None)
 
     def _check_step(self) -> None:
         """Raise for what cannot be stepped in any group, before anything changes."""

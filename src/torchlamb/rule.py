@@ -136,6 +136,11 @@ def trust_ratio(sq_norms: Tensor, s: Scalars) -> Tensor:
     return torch.where(undefined, 1.0, ratio)
 
 
+def leaves(sq_norms: Tensor) -> Tensor:
+    """Return (...) whether a guarded step leaves the parameter as it is: a norm of `sq_norms` (..., 2) is not finite."""
+    return ~torch.isfinite(sq_norms).all(dim=-1)
+
+
 def clip_coefficient(grad_sq_norm: Tensor, max_grad_norm: float) -> Tensor:
     """Return ``min(1, max_grad_norm / |all gradients|)`` from the squared norm; no epsilon is added."""
     return max_grad_norm / root(grad_sq_norm).clamp(min=max_grad_norm)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Groups = tuple["ProcessGroup", ...]
+Rows = Sequence[
+    tuple[Sequence[int], Tensor]
+]  # of each bucket: the parameter's position of each row, and (rows, ...) of numbers
 Cuts = list[tuple[int, int]]  # of each block: where its part of the local tensor begins in dim 0, and how long it is
 
 
@@ -222,7 +225,7 @@ class Plan:
         """Return where the elements of that parameter's local tensor lie in the whole one."""
         return self.entries[index].place or Place.of_whole(shard)
 
-    def add_sq_norms_(self, tables: Sequence[tuple[Sequence[int], Tensor]], without_grad: dict[int, Tensor]) -> None:
+    def add_sq_norms_(self, tables: Rows, without_grad: dict[int, Tensor]) -> Tensor:
         """Add sums of squares over processes, in place: one all-reduce for each process group.
 
         Args:
@@ -230,42 +233,53 @@ class Plan:
                 and update over this process's shards
             without_grad: by position, the sums (blocks,) over this process's shards of sharded parameters without a gradient:
                 other processes may have one, and need this shard's part of the norm
+
+        Returns:
+            (rows, 2) the sums of all sharded rows, whose parameters' positions are `indices`
         """
-        if not self.rows_of:
-            return
-        device = next((sq_norms.device for _, sq_norms in tables), torch.device(self.device_type))
-        table = torch.zeros(self.rows, 2, dtype=self.dtype, device=device)
-        places = [self._places(indices) for indices, _ in tables]
-        for place, (_, sq_norms) in zip(places, tables, strict=True):
-            table[place] = sq_norms.to(device, self.dtype)
+        table, places = self._table(tables, (2,))
         for index, squares in without_grad.items():
             first = self.entries[index].first_row
-            table[first : first + len(squares), 0] = squares.to(device, self.dtype)
+            table[first : first + len(squares), 0] = squares.to(table.device, self.dtype)
         for group, rows in self.rows_of.items():
             place = _slice_or_list(rows)
             table[place] = self._all_reduced(table[place], group)
         for place, (_, sq_norms) in zip(places, tables, strict=True):
             sq_norms.copy_(table[place])
+        return table
 
-    def added(self, sums: Sequence[tuple[Groups, Tensor]], found_inf: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the total of all sums, and `found_inf`, over all processes: one all-reduce for each process group.
+    def add_grad_sq_norms(self, tables: Rows, found_inf: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums of squares, and `found_inf`, over all processes: one all-reduce for each process group.
 
         Args:
-            sums: 0-dim sums over shards, and the process groups that hold the other shards
+            tables: for each bucket of sharded rows, the parameter's position of each row, and the sums (rows,) of its gradient
+                over this process's shards
             found_inf: 0-dim, 0 where everything is finite
+
+        Returns:
+            (rows,) the sums of all sharded rows, whose parameters' positions are `indices`; and `found_inf`
         """
-        device = sums[0][1].device if sums else torch.device(self.device_type)
-        kinds = list(dict.fromkeys(entry.groups for entry in self.entries))
-        of_kind = {kind: torch.zeros((), dtype=self.dtype, device=device) for kind in kinds}
-        for kind, value in sums:
-            of_kind[kind] = of_kind[kind] + value.to(device)
-        found_inf = found_inf.to(device, self.dtype)
-        for group in self.rows_of:
-            members = [kind for kind in kinds if group in kind]
-            parts = torch.stack([*(of_kind[kind] for kind in members), found_inf])
-            *values, found_inf = self._all_reduced(parts, group).unbind()
-            of_kind.update(zip(members, values, strict=True))
-        return torch.stack(list(of_kind.values())).sum(), found_inf
+        table, _ = self._table(tables, ())
+        found_inf = found_inf.to(table.device, self.dtype).reshape(1)
+        for group, rows in self.rows_of.items():
+            place = _slice_or_list(rows)
+            packed = self._all_reduced(torch.cat([table[place], found_inf]), group)
+            table[place], found_inf = packed[:-1], packed[-1:]
+        return table, found_inf.reshape(())
+
+    @property
+    def indices(self) -> list[int]:
+        """The parameter's position of each row that is added over processes."""
+        return [index for index, entry in enumerate(self.entries) for _ in range(entry.rows)]
+
+    def _table(self, tables: Rows, columns: tuple[int, ...]) -> tuple[Tensor, list[slice | list[int]]]:
+        """Return zeros (rows, *columns) with this process's sums at their places, and the places."""
+        device = next((sums.device for _, sums in tables), torch.device(self.device_type))
+        table = torch.zeros(self.rows, *columns, dtype=self.dtype, device=device)
+        places = [self._places(indices) for indices, _ in tables]
+        for place, (_, sums) in zip(places, tables, strict=True):
+            table[place] = sums.to(device, self.dtype)
+        return table, places
 
     def _add(self, param: Tensor, blocks: int, keyed: bool) -> None:
         entry = _Entry(weakref.ref(param), getattr(param, "_spec", None))

@@ -73,9 +73,9 @@ class Storage:
         """
         for key, param in zip(keys, params, strict=True):
             for name, value in loaded.get(key, {}).items():
-                if name in ("step", "seed"):
-                    number = torch.as_tensor(value, dtype=torch.float32 if name == "step" else torch.int64)
-                    states[param][name] = number.to(self._device(param))
+                if name in ("step", "seed", "skipped"):
+                    number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+                    states[param][name] = number.to(self._device(param), torch.float32 if name == "step" else torch.int64)
                 elif name == "master" and not self.keeps_master(param):
                     del states[param][name]
                 elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import torchlamb.backends.fused as fused
 
-ABI = 1
+ABI = 2
 ISAS = ("baseline", "avx2", "avx512")
 
 COUNTS_STEPS = True  # see `torchlamb.backends.Backend`

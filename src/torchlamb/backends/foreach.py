@@ -6,13 +6,13 @@ batches of bounded size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import Bucket, cast, is_small, piece_size, pieces
+from torchlamb.bucket import Bucket, cast, is_small, piece_size, pieces, select
 
 BATCH = 2**24  # elements stepped at once; two float32 temporaries of it are 128 MiB. On a CPU, what its cache holds.
 
@@ -70,7 +70,8 @@ def _advance_(batch: Bucket) -> tuple[list[Tensor], list[Tensor]]:
     rounded = exp_avg_sqs
     if batch.exp_avg_sqs[0].dtype != batch.dtype:
         rounded = [batch.to_exp_avg_sq(v, row) for row, v in enumerate(exp_avg_sqs)]
-    return _store_(batch.exp_avgs, exp_avgs, batch.skip), _store_(batch.exp_avg_sqs, rounded, batch.skip)
+    left = [False if batch.skip is None else batch.skip] * len(batch)
+    return _store_(batch.exp_avgs, exp_avgs, left), _store_(batch.exp_avg_sqs, rounded, left)
 
 
 def _updates(batch: Bucket, weights: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> list[Tensor]:
@@ -104,14 +105,15 @@ def _squares(tensors: list[Tensor]) -> Tensor:
 
 def _subtract_(batch: Bucket, weights: list[Tensor], updates: list[Tensor], sq_norms: Tensor) -> None:
     sizes = list((batch.scalars.lr * rule.trust_ratio(sq_norms, batch.scalars)).unbind())
+    left = batch.left(sq_norms)
     torch._foreach_mul_(updates, sizes)
-    if batch.skip is None and batch.params[0].dtype == batch.dtype:
+    if batch.params[0].dtype == batch.dtype and not any(x is not False for x in left):
         torch._foreach_sub_(batch.params, updates)
         return
     new = torch._foreach_sub(weights, updates)
     if batch.masters:
-        _store_(batch.masters, new, batch.skip)
-    _store_(batch.params, [batch.to_param(x, row) for row, x in enumerate(new)], batch.skip)
+        _store_(batch.masters, new, left)
+    _store_(batch.params, [batch.to_param(x, row) for row, x in enumerate(new)], left)
 
 
 def _working_copy(state: list[Tensor], batch: Bucket) -> list[Tensor]:
@@ -121,13 +123,12 @@ def _working_copy(state: list[Tensor], batch: Bucket) -> list[Tensor]:
     return [t.to(batch.dtype, copy=True) for t in state]
 
 
-def _store_(old: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], skip: Tensor | None) -> list[Tensor]:
-    """Write `new` to `old`, or keep `old` where the step is skipped; return `new` in the dtype of `old`."""
+def _store_(old: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], left: Sequence[bool | Tensor]) -> list[Tensor]:
+    """Write `new` to `old` where that is not left as it is; return `new` in the dtype of `old`."""
     if new is old:
         return old
     new = _cast(new, old[0].dtype)
-    # Selected, never multiplied by 0: 0 x NaN is NaN.
-    torch._foreach_copy_(old, new if skip is None else [torch.where(skip, o, n) for o, n in zip(old, new, strict=True)])
+    torch._foreach_copy_(old, list(map(select, left, old, new)))
     return new
 
 

@@ -17,7 +17,7 @@ from torchlamb.bucket import Bucket
 from torchlamb.rounding import memory_order
 
 GRAD_SQ_NORMS, ACCUMULATE, APPLY, STEP = range(4)  # the functions of `torchlamb.backends.Backend`
-BIAS_CORRECTION, GRAD_AVERAGING, LAYER_ADAPTATION, STOCHASTIC_ROUNDING = 1, 2, 4, 8  # flags; the last is of parameters
+BIAS_CORRECTION, GRAD_AVERAGING, LAYER_ADAPTATION, STOCHASTIC_ROUNDING, GUARDED = 1, 2, 4, 8, 16  # flags; rounds parameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients; in C++, these positions stand for them
 
@@ -76,6 +76,7 @@ def _call(kernels: Callable[..., None], function: int, bucket: Bucket, out: Tens
         BIAS_CORRECTION * s.bias_correction
         | GRAD_AVERAGING * s.grad_averaging
         | LAYER_ADAPTATION * s.layer_adaptation
+        | GUARDED * bucket.is_guarded
         | STOCHASTIC_ROUNDING * (s.stochastic_rounding and not bucket.masters and bucket.params[0].dtype == torch.bfloat16)
     )
     columns = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, *([bucket.masters] if bucket.masters else [])]

@@ -91,6 +91,7 @@ def _run(call: fused.Call) -> None:
         grad_averaging=bool(flags & fused.GRAD_AVERAGING),
         layer_adaptation=bool(flags & fused.LAYER_ADAPTATION),
         decays=weight_decay != 0,
+        guarded=bool(flags & fused.GUARDED),
     )
     scalars = k.Numbers(
         *(n.item() if _is_number(n, device) else n for n in (call.lr, call.grad_factor)),

@@ -91,6 +91,7 @@ class Kinds(NamedTuple):
     grad_averaging: bool
     layer_adaptation: bool
     decays: bool
+    guarded: bool  # parameters whose norms are not finite stay as they are
 
 
 # Launches.
@@ -323,6 +324,8 @@ def _apply(table, rows, row, chunk, kinds: tl.constexpr, numbers, sq_norms, unco
     t = tl.load(tl.load(record + STEP).to(tl.pointer_type(tl.float32))) + uncounted
     eps, k = _bias_factors(t, kinds, numbers)
     size = _number(numbers.lr) * _trust_ratio(sq_norms + 2 * row, kinds, numbers)
+    if kinds.guarded:
+        count = tl.where(_are_finite(sq_norms + 2 * row), count, 0)
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
         w = _weight(param, master, lanes, count, kinds, FULL)
@@ -421,6 +424,13 @@ def _trust_ratio(sq_norms, kinds: tl.constexpr, numbers):
         ratio = _clamp(tl.div_rn(phi, tl.sqrt_rn(update_sq)), numbers.ratio_low, numbers.ratio_high)
         ratio = tl.where((param_sq == 0.0) | (update_sq == 0.0), 1.0, ratio)
     return ratio
+
+
+@triton.jit
+def _are_finite(sq_norms):
+    param_sq = tl.load(sq_norms, cache_modifier=".cg")
+    update_sq = tl.load(sq_norms + 1, cache_modifier=".cg")
+    return (param_sq < float("inf")) & (update_sq < float("inf"))  # what is not a number is not less either
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import Bucket, cast, piece_size, pieces, weight
+from torchlamb.bucket import Bucket, cast, piece_size, pieces, select, weight
 
 Updates = list[tuple[int, Tensor, Tensor | None, Tensor]]  # of each piece: number, param, master, update
 
@@ -32,11 +32,11 @@ def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
 def apply(bucket: Bucket, sq_norms: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
     s, dtype = bucket.scalars, bucket.dtype
-    sizes = s.lr * rule.trust_ratio(sq_norms, s)
+    sizes, left = s.lr * rule.trust_ratio(sq_norms, s), bucket.left(sq_norms)
     for row, factors in enumerate(bucket.bias_factors()):
         for number, (p, _, m, v, master) in enumerate(bucket.pieces(row)):
             update = rule.update(weight(p, master, dtype), cast(m, dtype), cast(v, dtype), factors, s)
-            _subtract_(bucket, row, number, p, master, update, sizes[row])
+            _subtract_(bucket, row, number, p, master, update, sizes[row], left[row])
 
 
 def step(bucket: Bucket, sq_norms: Tensor) -> None:
@@ -51,11 +51,11 @@ def step(bucket: Bucket, sq_norms: Tensor) -> None:
             updates.append(row_updates)
         batch_norms = torch.stack(norms).view(-1, 2)
         sq_norms[rows] = batch_norms.detach()
-        sizes = (s.lr * rule.trust_ratio(batch_norms, s)).unbind()
+        sizes, left = (s.lr * rule.trust_ratio(batch_norms, s)).unbind(), batch.left(batch_norms)
         # Backwards: what was walked last is still in cache.
         for row in reversed(range(len(batch))):
             for number, p, master, update in reversed(updates[row]):
-                _subtract_(batch, row, number, p, master, update, sizes[row])
+                _subtract_(batch, row, number, p, master, update, sizes[row], left[row])
 
 
 def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], keep: bool) -> tuple[list[Tensor], Updates]:
@@ -74,8 +74,9 @@ def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], kee
             rule.advance_(bucket.scaled_grad(g), next_m, next_v, s)
             # The update is taken of the moments as they are stored: `apply` finds nothing else.
             next_m, next_v = cast(next_m, m.dtype), bucket.to_exp_avg_sq(next_v, row, number)
-            _store_(m, next_m, skip)
-            _store_(v, next_v, skip)
+            left = False if skip is None else skip
+            m.copy_(select(left, m, next_m))
+            v.copy_(select(left, v, next_v))
         # Autograd remembers the parameter's value, which is about to be overwritten.
         param = p.to(dtype, copy=True) if differentiable else weight(p, master, dtype)
         update = rule.update(param, cast(next_m, dtype), cast(next_v, dtype), factors, s)
@@ -87,18 +88,22 @@ def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], kee
 
 
 def _subtract_(
-    bucket: Bucket, row: int, number: int, param: Tensor, master: Tensor | None, update: Tensor, size: Tensor
+    bucket: Bucket,
+    row: int,
+    number: int,
+    param: Tensor,
+    master: Tensor | None,
+    update: Tensor,
+    size: Tensor,
+    left: bool | Tensor,
 ) -> None:
-    """Take ``size * update`` from the row's piece of that number."""
-    if bucket.skip is None and param.dtype == bucket.dtype:
+    """Take ``size * update`` from the row's piece of that number, unless it is left as it is."""
+    if left is True:
+        return
+    if left is False and param.dtype == bucket.dtype:
         param.addcmul_(update, size, value=-1)
         return
     new = torch.addcmul(weight(param, master, bucket.dtype), update, size, value=-1)
     if master is not None:
-        _store_(master, new, bucket.skip)
-    _store_(param, bucket.to_param(new, row, number), bucket.skip)
-
-
-def _store_(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
-    # Selected, never multiplied by 0: 0 x NaN is NaN.
-    old.copy_(new if skip is None else torch.where(skip, old, new))
+        master.copy_(select(left, master, new))
+    param.copy_(select(left, param, bucket.to_param(new, row, number)))

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define TORCHLAMB_ABI 1
+#define TORCHLAMB_ABI 2
 #define TORCHLAMB_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
@@ -17,6 +17,7 @@ enum Flags : int32_t {
   GRAD_AVERAGING = 2,
   LAYER_ADAPTATION = 4,
   ROUND_PARAMS_STOCHASTICALLY = 8,
+  GUARDED = 16,  // parameters whose norms are not finite stay as they are
 };
 
 // What all rows step with: see torchlamb.rule.Scalars.

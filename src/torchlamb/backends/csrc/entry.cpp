@@ -96,7 +96,9 @@ struct Step {
   int32_t apply(const std::vector<Chunk>& chunks, const float* sq_norms) const {
     return for_each(chunks.size(), true, parallel_for, [&](int64_t i) {
       int64_t row = chunks[i].row;
-      kernels->apply(rows, s, numbers[row], chunks[i], size(sq_norms[2 * row], sq_norms[2 * row + 1]));
+      float param_sq = sq_norms[2 * row], update_sq = sq_norms[2 * row + 1];
+      bool leaves = (s.flags & GUARDED) && !(std::isfinite(param_sq) && std::isfinite(update_sq));
+      if (!leaves) kernels->apply(rows, s, numbers[row], chunks[i], size(param_sq, update_sq));
     });
   }
 
