@@ -136,7 +136,7 @@ def test_loading_refuses_before_anything_changes():
             optimizer.load_state_dict(bad)
     bad = copy.deepcopy(before)
     bad["param_groups"][0]["params"].pop()
-    with pytest.raises(ValueError, match="doesn't match the size"):
+    with pytest.raises(ValueError, match="has 5 parameters, and this optimizer's 6"):
         optimizer.load_state_dict(bad)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -520,3 +520,61 @@ def test_flat_partitions_are_refused(held):
     vector = nn.Parameter(torch.ones(3))
     vector.grad = torch.ones(3)
     torchlamb.Lamb([vector]).step()  # a group that began so cannot be told apart
+
+
+def foreign_dicts(model):
+    """By what is wrong with them: state dicts that are not ours, and the words that must be in what is said of each."""
+    own = torchlamb.Lamb(model.parameters())
+    train(model, own, range(2))
+
+    def changed(change):
+        state_dict = copy.deepcopy(own.state_dict())
+        change(state_dict["state"], state_dict["param_groups"])
+        return state_dict
+
+    def of(optimizer):
+        train(model, optimizer, range(1))
+        return optimizer.state_dict()
+
+    params = list(model.parameters())
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    return {
+        "no dict": ([1], TypeError, "must be a dict with 'state' and 'param_groups', got a list"),
+        "a model's": (model.state_dict(), TypeError, "got a dict with"),
+        "SGD's": (of(torch.optim.SGD(params, lr=0.1, momentum=0.9)), ValueError, "no 'betas'.*start with a fresh Lamb"),
+        "amsgrad's": (of(torch.optim.Adam(params, amsgrad=True)), ValueError, "parameter 0 .*'max_exp_avg_sq'.*fresh Lamb"),
+        "Adamax's": (of(torch.optim.Adamax(params)), ValueError, "parameter 0 .*'exp_inf'.*fresh Lamb"),
+        "extra group": (of(torchlamb.Lamb(groups)), ValueError, "has 2 parameter groups, and this optimizer 1; construct"),
+        "moment missing": (changed(lambda s, _: s[2].pop("exp_avg_sq")), ValueError, "parameter 2 .*no 'exp_avg_sq'; load"),
+        "step missing": (changed(lambda s, _: s[2].pop("step")), ValueError, "parameter 2 .*no 'step'; load"),
+        "wrong shape": (
+            changed(lambda s, _: s[1].update(exp_avg=torch.ones(2, 7))),
+            ValueError,
+            r"exp_avg of parameter 1 .*\(2, 7\).*same model",
+        ),
+        "broadcasts": (changed(lambda s, _: s[1].update(exp_avg=torch.ones(()))), ValueError, "exp_avg of parameter 1"),
+        "complex": (
+            changed(lambda s, _: s[1].update(exp_avg=s[1]["exp_avg"].to(torch.complex64))),
+            ValueError,
+            "exp_avg of parameter 1 .*complex64",
+        ),
+        "no tensor": (changed(lambda s, _: s[1].update(exp_avg=[0.0])), ValueError, "exp_avg of parameter 1 .*got a list"),
+        "many steps": (changed(lambda s, _: s[1].update(step=torch.ones(3))), ValueError, "step of parameter 1 .*one number"),
+        "entry of none": (changed(lambda s, _: s.update({77: s[0]})), ValueError, "entry 77 .*take it out"),
+    }
+
+
+@pytest.mark.parametrize("what", sorted(foreign_dicts(make_model())))
+def test_what_is_not_ours_is_refused_by_its_first_difference(what):
+    model = make_model()
+    state_dict, kind, words = foreign_dicts(model)[what]
+    optimizer = torchlamb.Lamb(model.parameters(), weight_decay=0.1)
+    train(model, optimizer, range(3))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(kind, match=words):
+        optimizer.load_state_dict(state_dict)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"].keys() == before["state"].keys()
+    assert all(torch.equal(v, before["state"][i][k]) for i, s in after["state"].items() for k, v in s.items())
+    train(model, optimizer, range(3, 5))

@@ -22,7 +22,7 @@ from torchlamb.guard import Record, guard, is_guarded, note_
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
 from torchlamb.sharding import Plan, Rows, check_guard_is_global, make_local_, why_flat
-from torchlamb.state import Storage, adopt
+from torchlamb.state import Storage, adopt, check_loaded
 
 
 class _LastStep:
@@ -325,20 +325,25 @@ class Lamb(Optimizer):
         A master that the dict does not have is made of the parameter at the next step; one that this optimizer does not keep is
         dropped.
 
+        The dicts of Adam and AdamW are taken, too: their moments have the same meaning.
+
         Raises:
-            ValueError: groups or their sizes differ
+            TypeError: it is no state dict
+            ValueError: groups, their sizes or the shapes of state tensors differ, something is missing, or it is another
+                optimizer's
             TypeError, ValueError, RuntimeError, NotImplementedError: options are wrong, or do not fit the parameters; as with
                 all of these, nothing has changed then
         """
+        if not isinstance(state_dict, dict):  # before hooks see it
+            check_loaded(state_dict, self.param_groups)
         loaded: list[StateDict] = []
 
         def last_pre_hook(_: Optimizer, state_dict: StateDict) -> StateDict:
-            saved = state_dict["param_groups"]
-            if len(saved) == len(self.param_groups):  # else torch says so
-                saved = [adopt(*groups) for groups in zip(saved, self.param_groups, strict=True)]
+            check_loaded(state_dict, self.param_groups)
+            saved = [adopt(*groups) for groups in zip(state_dict["param_groups"], self.param_groups, strict=True)]
             checked = [self._checked_options(group) for group in saved]
             check_alike(checked, self.defaults)
-            for i, (options, group) in enumerate(zip(checked, self.param_groups, strict=False)):
+            for i, (options, group) in enumerate(zip(checked, self.param_groups, strict=True)):
                 check_params({**group, **options}, i)
             loaded.append({**state_dict, "param_groups": saved})
             return loaded[-1]

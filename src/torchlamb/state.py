@@ -14,8 +14,11 @@ from torch import Tensor
 from torchlamb import rounding
 from torchlamb.backends import counts_on_device
 from torchlamb.guard import is_guarded
+from torchlamb.sharding import is_dtensor
 
 _LOW = (torch.bfloat16, torch.float16)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NUMBERS = {"step": torch.float32, "seed": torch.int64, "skipped": torch.int64}
 
 
 class Storage:
@@ -73,9 +76,9 @@ class Storage:
         """
         for key, param in zip(keys, params, strict=True):
             for name, value in loaded.get(key, {}).items():
-                if name in ("step", "seed", "skipped"):
+                if name in _NUMBERS:
                     number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-                    states[param][name] = number.to(self._device(param), torch.float32 if name == "step" else torch.int64)
+                    states[param][name] = number.to(self._device(param), _NUMBERS[name])
                 elif name == "master" and not self.keeps_master(param):
                     del states[param][name]
                 elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
@@ -104,6 +107,83 @@ class Storage:
             on_device = self.on_device or counts_on_device(self.group, param.device)
             device = self.devices[param.device] = param.device if on_device else "cpu"
         return device
+
+
+def check_loaded(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for the first thing in a state dict that these groups cannot take over.
+
+    Raises:
+        TypeError: it is no state dict
+        ValueError: it is that of other parameters, or of another optimizer than Lamb, Adam and AdamW
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        got = f"a dict with {list(state_dict)[:4]}" if isinstance(state_dict, Mapping) else f"a {type(state_dict).__name__}"
+        raise TypeError(
+            f"state_dict must be a dict with 'state' and 'param_groups', got {got}; give what state_dict() returned"
+        )
+    state, saved = state_dict["state"], state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"state_dict has {len(saved)} parameter groups, and this optimizer {len(groups)}; construct it with the same groups"
+        )
+    for i, (saved_group, group) in enumerate(zip(saved, groups, strict=True)):
+        _check_loaded_group(saved_group, group, i)
+        names = group.get("param_names", range(len(group["params"])))
+        for key, name, param in zip(saved_group["params"], names, group["params"], strict=True):
+            if key in state:
+                _check_loaded_state(state[key], f"parameter {name!r} (group {i})", param)
+    known = {key for group in saved for key in group["params"]}
+    for key in state:
+        if key not in known:
+            raise ValueError(f"state of state_dict has an entry {key!r} that is in none of its param_groups; take it out")
+
+
+def _check_loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any], i: int) -> None:
+    for name in ("params", "lr", "betas", "eps", "weight_decay"):
+        if name not in saved:
+            raise ValueError(
+                f"param_groups[{i}] of state_dict has no {name!r}, as those of Lamb, Adam and AdamW have; if it is another "
+                "optimizer's, start with a fresh Lamb"
+            )
+    if len(saved["params"]) != len(group["params"]):
+        raise ValueError(
+            f"param_groups[{i}] of state_dict has {len(saved['params'])} parameters, and this optimizer's "
+            f"{len(group['params'])}; construct it with the same parameters in the same groups"
+        )
+
+
+def _check_loaded_state(state: Mapping[str, Any], name: str, param: Tensor) -> None:
+    for key in state:
+        if key not in (*_MOMENTS, *_NUMBERS, "master"):
+            raise ValueError(
+                f"the state of {name} has {key!r}, which is not of Lamb, Adam or AdamW; start with a fresh Lamb instead of "
+                "loading another optimizer's state"
+            )
+    for key in ("step", *_MOMENTS):
+        if key not in state and not set(state) <= {"seed", "master", "skipped"}:  # which may be there before the first step
+            raise ValueError(f"the state of {name} has no {key!r}; load a complete state dict, or start with a fresh Lamb")
+    for key, value in state.items():
+        if key in _NUMBERS:
+            if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise ValueError(f"{key} of {name} must be one number, got {value!r}; load what state_dict() returned")
+        else:
+            _check_loaded_tensor(value, f"{key} of {name}", param)
+
+
+def _check_loaded_tensor(value: Any, name: str, param: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}; load what state_dict() returned")
+    if value.shape != param.shape or value.is_complex() != param.is_complex():
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}, and the parameter {tuple(param.shape)} and "
+            f"{param.dtype}; load the state dict of the same model, with its parameters in the same order"
+        )
+    if is_dtensor(value) != is_dtensor(param):
+        kinds = ("a DTensor", "a plain tensor") if is_dtensor(value) else ("a plain tensor", "a DTensor")
+        raise ValueError(
+            f"{name} is {kinds[0]} and the parameter {kinds[1]}; load it with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
 
 
 def adopt(saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
