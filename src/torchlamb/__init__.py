@@ -1,13 +1,14 @@
 """LAMB for PyTorch: one tuned learning rate, carried from small batches to large ones.
 
-`Lamb` is the optimizer, `param_groups` sorts a model's parameters for it, `testing` holds what can be asserted of any LAMB.
+`Lamb` is the optimizer, `param_groups` sorts a model's parameters for it, `testing` holds what can be asserted of any LAMB,
+`checkpoint` saves and loads runs.
 """
 
 from importlib.metadata import version as _version
 
-from torchlamb import testing
+from torchlamb import checkpoint, testing
 from torchlamb.groups import param_groups
 from torchlamb.lamb import Lamb
 
-__all__ = ["Lamb", "__version__", "param_groups", "testing"]
+__all__ = ["Lamb", "__version__", "checkpoint", "param_groups", "testing"]
 __version__ = _version("torchlamb")

@@ -269,7 +269,7 @@ class Lamb(Optimizer):
             >>> model(torch.full((8, 4), torch.nan)).sum().backward()
             >>> optimizer.step()
             >>> optimizer.skipped_steps.item(), optimizer.nonfinite_parameters()
-            (1, ['weight', 'bias'])
+            (1, ['weight'])
         """
         shared = self._shared_count()
         return torch.zeros((), dtype=torch.int64, device=self._first_device()) if shared is None else shared

@@ -1,0 +1,383 @@
+"""Checkpoints of a run in one folder: whole or not there at all, checksummed, and the last few of them kept.
+
+One process writes files that `torch.load` reads; several write folders of torch.distributed.checkpoint. This room knows models
+and optimizers by their state dicts only, and serves those of any optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchlamb.sharding import is_dtensor
+
+T = TypeVar("T")
+
+_SUMS = "SHA256SUMS"  # of a folder's other files, as `sha256sum` writes and checks them
+_MORE = "more.pt"
+_SAVING = ".saving-"  # what is not complete is called this
+_DIGITS = 16  # of the checksum that the name has: of the file, or of a folder's SHA256SUMS
+_NAME = re.compile(rf"checkpoint-(\d{{8,}})-([0-9a-f]{{{_DIGITS}}})(\.pt)?")
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *, keep: int = 3, **more: Any) -> Path:
+    """Add a checkpoint to a folder, and remove the oldest if there are more than `keep` then.
+
+    It is written under another name, synced, and renamed: a crash at any time leaves what was there before, and nothing that
+    looks like a checkpoint and is none. Where torch.distributed is initialized, all processes must call this, and share the
+    folder; each writes its shards.
+
+    Args:
+        path: the folder, which is made where it is missing; one run writes to it at a time
+        model: any module
+        optimizer: any optimizer of its parameters
+        keep: how many checkpoints stay, >= 1 (default: 3)
+        more: what else the run needs to go on: numbers, strings, tensors, and lists and dicts of them, such as the state dict
+            of a scheduler or `torch.get_rng_state()`. Of several processes, that of the first.
+
+    Returns:
+        The new checkpoint: ``path/checkpoint-00000001-<checksum>.pt``, numbered on, or a folder of such a name.
+
+    Raises:
+        TypeError, ValueError: `keep` is no int, or less than 1; or something is neither tensor nor plain value, and could not
+            be loaded with ``weights_only=True``
+        OSError: it cannot be written, because the disk is full for example. The checkpoints that were there still are.
+
+    Example:
+        >>> import tempfile, torch, torchlamb
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torchlamb.Lamb(model.parameters())
+        >>> folder = tempfile.mkdtemp()
+        >>> saved = torchlamb.checkpoint.save(folder, model, optimizer, step=100)
+        >>> torchlamb.checkpoint.load(folder, model, optimizer)
+        {'step': 100}
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"keep must be an int >= 1, got {keep!r}")
+    if keep < 1:
+        raise ValueError(f"keep must be an int >= 1, got {keep!r}")
+    folder = Path(path)
+    name = _on_first(lambda: _prepare(folder))
+    saving = folder / (_SAVING + name)
+    try:
+        if _is_distributed():
+            checksum = _write_shards(saving, model, optimizer, more)
+        else:
+            checksum = _write(saving, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more})
+        return _on_first(lambda: _publish(saving, folder / f"{name}-{checksum}{'' if saving.is_dir() else '.pt'}", keep))
+    except BaseException:
+        _remove(saving)
+        raise
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Load the newest good checkpoint of a folder, or one checkpoint, into a model and its optimizer.
+
+    Whatever is damaged is passed over with a warning that names it. Files are read with ``weights_only=True``: nothing in them
+    is executed. The metadata of torch.distributed.checkpoint are a pickle: load its folders only if you trust who wrote them.
+
+    Where torch.distributed is initialized, all processes must call this. What several have saved, any number can load, whatever
+    the shards are, and one without torch.distributed.
+
+    Args:
+        path: the folder that was given to `save`, or one checkpoint in it
+        model: of the same shapes
+        optimizer: of its parameters in the same order
+
+    Returns:
+        What was given to `save` as `more`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint
+        RuntimeError: the one that was asked for, or every one, is damaged, or is none
+        ValueError, TypeError: it is of another model or optimizer; nothing has changed then
+    """
+    source, damaged = _on_first(lambda: _find(Path(path)))
+    for what in damaged:
+        warnings.warn(f"{what}; taking the next older checkpoint", stacklevel=2)
+    if source.is_dir():
+        return _read_shards(source, model, optimizer)
+    saved = _read(source)
+    if any(is_dtensor(p) for p in model.parameters()):
+        raise ValueError(f"{source} was saved by one process; load it before the model is sharded")
+    _check_model(saved["model"], model, source)
+    optimizer.load_state_dict(saved["optimizer"])
+    model.load_state_dict(saved["model"])
+    return saved["more"]  # type: ignore[no-any-return]
+
+
+def newest(path: str | os.PathLike[str]) -> Path | None:
+    """Return the newest good checkpoint of a folder; None where there is none, or no folder. Of one process."""
+    try:
+        return _find(Path(path))[0]
+    except (FileNotFoundError, RuntimeError):
+        return None
+
+
+def more_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what was given to `save` as `more`, of one checkpoint; of one process.
+
+    Raises:
+        RuntimeError: it is none
+    """
+    source = Path(checkpoint)
+    return _read_more(source / _MORE) if source.is_dir() else _read(source, mmap=True)["more"]  # type: ignore[no-any-return]
+
+
+# The folder.
+
+
+def _prepare(folder: Path) -> str:
+    """Make the folder, remove what processes that died have left, and return the next name without its checksum."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(_SAVING + "*"):
+        _remove(left)
+    return f"checkpoint-{1 + max((number for number, _ in _checkpoints(folder)), default=0):08d}"
+
+
+def _publish(saving: Path, final: Path, keep: int) -> Path:
+    with _writing(saving):
+        saving.rename(final)
+        _sync(final.parent)
+    for _, old in _checkpoints(final.parent)[keep:]:
+        _remove(old)
+    return final
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints of a folder with their numbers, newest first."""
+    matches = [(_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()]
+    return sorted(((int(match[1]), entry) for match, entry in matches if match), reverse=True)
+
+
+def _find(path: Path) -> tuple[Path, list[str]]:
+    """Return a good checkpoint, and what is wrong with those that are newer."""
+    is_one = path.is_file() or _NAME.fullmatch(path.name) is not None
+    candidates = [path] if is_one else [entry for _, entry in _checkpoints(path)] if path.is_dir() else []
+    if not candidates or not candidates[0].exists():
+        raise FileNotFoundError(f"{path} has no checkpoint; give the folder that was given to save()")
+    damaged: list[str] = []
+    for candidate in candidates:
+        reason = _why_damaged(candidate)
+        if reason is None:
+            return candidate, damaged
+        damaged.append(f"{candidate} {reason}")
+    raise RuntimeError(f"no checkpoint can be loaded: {'; '.join(damaged)}")
+
+
+def _why_damaged(checkpoint: Path) -> str | None:
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        return "has no checksum in its name, which save() gives it"
+    try:
+        if checkpoint.is_file():
+            return None if _checksum(checkpoint)[:_DIGITS] == match[2] else "is damaged: its checksum is not that of its name"
+        sums = (checkpoint / _SUMS).read_bytes()
+        if hashlib.sha256(sums).hexdigest()[:_DIGITS] != match[2]:
+            return f"is damaged: the checksum of its {_SUMS} is not that of its name"
+        wanted = {name: digest for digest, name in (line.split("  ", 1) for line in sums.decode().splitlines())}
+        for name, digest in wanted.items():
+            if _checksum(checkpoint / name) != digest:
+                return f"is damaged: the checksum of its {name} is not that of its {_SUMS}"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"is damaged: it has no {Path(str(error.filename)).name}"
+    except OSError as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+# Files.
+
+
+def _write(file: Path, content: dict[str, Any]) -> str:
+    """Write a file that survives a crash of the machine, and return the checksum for its name."""
+    try:
+        with _writing(file), open(file, "wb") as opened:
+            hashing = _Hashing(opened)
+            torch.save(content, hashing)  # type: ignore[arg-type]
+            opened.flush()
+            os.fsync(opened.fileno())
+        torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError) as error:
+        raise TypeError(
+            "model, optimizer and what else is saved must be of tensors, numbers, strings, lists and dicts, or it could not be "
+            f"loaded again: {error}"
+        ) from error
+    return hashing.digest.hexdigest()[:_DIGITS]
+
+
+class _Hashing(io.RawIOBase):
+    """A file that computes the checksum of what is written to it."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer says the latter
+        raise OSError(f"{path.parent} could not be written to ({error}); checkpoints that were there stay good") from error
+
+
+def _read(file: Path, mmap: bool = False) -> dict[str, Any]:
+    """Return what a file has, none of which is executed."""
+    try:
+        if not zipfile.is_zipfile(file):
+            raise RuntimeError("it is not of torch.save()")
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise RuntimeError(f"{file} is no checkpoint of save(), and nothing in it was executed: {error}") from error
+    if not isinstance(content, dict) or not {"model", "optimizer", "more"} <= content.keys():
+        raise RuntimeError(f"{file} is no checkpoint of save(): it does not have model, optimizer and more")
+    return content
+
+
+def _check_model(saved: Mapping[str, Any], model: nn.Module, source: Path) -> None:
+    """Raise ValueError for the first difference: torch would load half of it before it raises."""
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in saved:
+            raise ValueError(f"{source} has no {name!r}, as the model has; give the model that was saved")
+        if isinstance(value, Tensor) and (not isinstance(saved[name], Tensor) or saved[name].shape != value.shape):
+            shape = tuple(getattr(saved[name], "shape", ()))
+            raise ValueError(
+                f"{name!r} has shape {shape} in {source}, and {tuple(value.shape)} in the model; give the model that was saved"
+            )
+    for name in saved:
+        if name not in own:
+            raise ValueError(f"{source} has {name!r}, which the model has not; give the model that was saved")
+
+
+def _checksum(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make what the system holds back of a file, or of the names in a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# Several processes.
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _on_first(function: Callable[[], T]) -> T:
+    """Return what a function returns on the first process, or raise what it raises there, on all of them."""
+    if not _is_distributed():
+        return function()
+    results: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            results[0] = function()
+        except Exception as error:
+            results[1] = error
+    torch.distributed.broadcast_object_list(results)
+    if results[1] is not None:
+        raise results[1]
+    return results[0]  # type: ignore[no-any-return]
+
+
+def _write_shards(saving: Path, model: nn.Module, optimizer: Optimizer, more: dict[str, Any]) -> str:
+    """Write a folder, each process its own files and their checksums, and return the checksum for its name."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+    rank = torch.distributed.get_rank()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    with _writing(saving):
+        try:
+            save_shards({"model": model_state, "optimizer": optimizer_state}, storage_writer=FileSystemWriter(saving))
+        except CheckpointException as error:  # on all processes
+            raise OSError(str(error)) from error
+    if more_error := _on_first(lambda: _write_more(saving / _MORE, more)):
+        raise more_error
+    prefixes = (f"__{rank}_", ".metadata", _MORE) if rank == 0 else (f"__{rank}_",)
+    own = [f"{_checksum(file)}  {file.name}" for file in sorted(saving.iterdir()) if file.name.startswith(prefixes)]
+    lines: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lines, own)
+    sums = "".join(f"{line}\n" for of_process in lines for line in of_process)
+    _on_first(lambda: _write_sums(saving / _SUMS, sums))
+    return hashlib.sha256(sums.encode()).hexdigest()[:_DIGITS]
+
+
+def _write_more(file: Path, more: dict[str, Any]) -> Exception | None:
+    try:
+        _write(file, more)
+    except (OSError, TypeError) as error:
+        return error
+    return None
+
+
+def _write_sums(file: Path, sums: str) -> None:
+    with _writing(file):
+        file.write_text(sums)
+        _sync(file)
+        _sync(file.parent)
+
+
+def _read_shards(source: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+    more = _read_more(source / _MORE)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # that this is one process, is meant
+        try:
+            load_shards(state, storage_reader=FileSystemReader(source))  # plans and checks before it writes anything
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            raise ValueError(f"{source} is of another model or optimizer: {first}; give those that were saved") from error
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return more
+
+
+def _read_more(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(f"{file} is not of save(), and nothing in it was executed: {error}") from error
