@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -24,15 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -74,7 +65,7 @@ def main() -> None:
         fully_shard(part, mesh=mesh)
     optimizer = make_optimizer(model)
     if settings.checkpoint is not None:
-        load(model, optimizer, settings.checkpoint)
+        torchlamb.checkpoint.load(settings.checkpoint, model, optimizer)  # cut into as many shards as there are processes now
     middle = settings.stop_at or max(settings.first, settings.steps // 2)
     train(model, optimizer, range(settings.first, middle), settings, rank, processes)
     if middle > settings.first:
@@ -156,35 +147,12 @@ def load_parts() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def save(model: nn.Module, optimizer: torchlamb.Lamb, step: int, settings: Settings) -> None:
-    """Save all shards, in a folder that gets its name once it is complete."""
-    complete, previous, part = (settings.out / name for name in ("checkpoint", "checkpoint.old", "checkpoint.part"))
+    """Save all shards, and what a later run has to know before it begins."""
+    torchlamb.checkpoint.save(
+        settings.out, model, optimizer, keep=2, step=step, steps=settings.steps, batch_size=settings.batch_size
+    )
     if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    dist.barrier()
-    dcp.save(state_of(model, optimizer), checkpoint_id=part)
-    if dist.get_rank() == 0:
-        with (part / "progress.json").open("w") as file:
-            json.dump({"step": step, "steps": settings.steps, "batch_size": settings.batch_size}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if complete.exists():  # a folder takes the place of an empty one only
-            shutil.rmtree(previous, ignore_errors=True)
-            complete.rename(previous)
-        part.rename(complete)
-        shutil.rmtree(previous, ignore_errors=True)
-        print(f"Saved after {step} of {settings.steps} steps: {complete}", flush=True)
-
-
-def load(model: nn.Module, optimizer: torchlamb.Lamb, checkpoint: Path) -> None:
-    """Load what `save` saved, cut into the shards of as many processes as there are now."""
-    state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint)
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-
-
-def state_of(model: nn.Module, optimizer: torchlamb.Lamb) -> dict[str, Any]:
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        print(f"Saved after {step} of {settings.steps} steps: {settings.out}", flush=True)
 
 
 def compare_with_unsharded(trained: dict[str, Tensor], settings: Settings, device: torch.device) -> None:
@@ -227,18 +195,16 @@ def parse_args(arguments: list[str] | None = None, processes: int = 1) -> Settin
     size_type = functools.partial(whole_number, low=processes, high=TRAIN_SIZE)
     add("--batch-size", default=256, type=size_type, help="images in a step, over all processes; at least one for each")
     add("--stop-at", default=None, help="save and stop after N steps; without it, save half way and go on")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    out_help = "where the checkpoint is, in reach of all processes"
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    out_help = "where the checkpoints are, in reach of all processes"
     parser.add_argument("--out", default="out/fsdp2", metavar="FOLDER", type=Path, help=out_help)
     args = parser.parse_args(arguments)
     first, checkpoint = 0, None
     if args.resume:
-        # The second is all there is where a run was killed between the two renames of `save`.
-        places = [args.out / "checkpoint", args.out / "checkpoint.old"]
-        checkpoint = next((path for path in places if (path / "progress.json").is_file()), None)
+        checkpoint = torchlamb.checkpoint.newest(args.out)
         if checkpoint is None:
             parser.error(f"argument --resume: no checkpoint in {args.out}; save one with --stop-at, or name another --out")
-        progress = json.loads((checkpoint / "progress.json").read_text())
+        progress = torchlamb.checkpoint.more_of(checkpoint)
         first, steps, batch_size = progress["step"], progress["steps"], progress["batch_size"]
         if (args.steps, args.batch_size) != (steps, batch_size):
             got = f"got --steps {args.steps} --batch-size {args.batch_size}"

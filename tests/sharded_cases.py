@@ -11,6 +11,9 @@ import copy
 import datetime
 import json
 import os
+import resource
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +50,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import torchlamb
+from torchlamb import checkpoint
 from torchlamb.mindspore import nn as front
 from torchlamb.sharding import local
 
@@ -665,6 +669,75 @@ def data_parallelism(_: int) -> None:
     twins.assert_same(0.0)
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "fused-guard": {"fused": True, "max_grad_norm": 0.1},
+    "fused-capturable": {"fused": True, "capturable": True},
+}
+
+
+@case(2, each=SCALED)
+def an_overflow_of_one_process_under_fsdp2(world: int, options: dict[str, Any]) -> None:
+    """The shard of one process has one inf: both leave every bit, halve the scale, and train as if that step had not been."""
+    assert_overflows_of_either_process_change_nothing(lambda: fsdp(Net(), mesh_of(world)), options)
+
+
+@case(2, each=SCALED)
+def an_overflow_of_one_process_under_data_parallelism(_: int, options: dict[str, Any]) -> None:
+    """The loss of one process overflows, and averaging carries it into the gradients of both."""
+    assert_overflows_of_either_process_change_nothing(lambda: nn.parallel.DistributedDataParallel(Net()), options)
+
+
+def assert_overflows_of_either_process_change_nothing(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    """The reference has no scaler: multiplying float32 by powers of two is exact, so that all comparisons are bitwise."""
+    model, reference = make(), make()
+    optimizer, plain = (torchlamb.Lamb(m.parameters(), lr=0.05, weight_decay=0.1, **options) for m in (model, reference))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    for step in range(5):
+        if step in (2, 3):  # by then there are moments
+            before = whole_values(model, optimizer)
+            step_scaled(model, optimizer, scaler, step, overflowing=step - 2)
+            assert all(torch.equal(value, before[name]) for name, value in whole_values(model, optimizer).items())
+        assert scaler.get_scale() == 2.0 ** (16 - min(max(step - 1, 0), 2))
+        before = whole_values(model, optimizer)
+        step_scaled(model, optimizer, scaler, step)
+        step_scaled(reference, plain, disabled, step)
+        got, wanted = whole_values(model, optimizer), whole_values(reference, plain)
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in got.items())
+        assert step == 0 or not any(torch.equal(value, before[name]) for name, value in got.items())
+    assert optimizer.skipped_steps.item() == (2 if options.get("fused") else 0)
+
+
+def step_scaled(
+    model: nn.Module, optimizer: torchlamb.Lamb, scaler: torch.amp.GradScaler, step: int, overflowing: int | None = None
+) -> None:
+    """Train on data of each process's own, with one inf in what the process `overflowing` has of the gradients."""
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    tokens = torch.randint(0, 10, (4, 4), generator=generator)
+    labels = torch.randint(0, 3, (4, 4), generator=generator)
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    own = overflowing == dist.get_rank()
+    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    scaler.scale(loss * (torch.inf if own and ddp else 1.0)).backward()
+    if own and not ddp:
+        local(model.up.weight.grad)[-1, -1] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def whole_values(model: nn.Module, optimizer: torchlamb.Lamb) -> dict[str, Tensor]:
+    """Parameters, moments and step counts; not the count of skipped steps."""
+    values = {name: whole(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        values |= {f"{key} of {name}": whole(value) for key, value in optimizer.state.get(p, {}).items() if key != "skipped"}
+    return values
+
+
 @case(2, 4)
 def the_mindspore_front(world: int) -> None:
     model = fsdp(Net(), mesh_of(world))
@@ -983,6 +1056,109 @@ def the_front_resumes_its_learning_rate(world: int) -> None:
     for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
         step_on(m, o, range(3, 5))
     assert_states(whole_state(resumed, resumed_optimizer), whole_state(model, optimizer), 0.0)
+
+
+# torchlamb.checkpoint
+
+
+def shared_folder() -> Path:
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    return Path(str(folders[0]))
+
+
+def damaged(content: bytes) -> Iterator[bytes]:
+    """Yield it with one byte flipped, or cut off, at many places."""
+    for at in range(0, len(content), max(1, len(content) // 12)):
+        yield content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+        yield content[:at]
+
+
+LOAD_ALONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from sharded_cases import Net, checkpoint, torchlamb
+model = Net()
+optimizer = torchlamb.Lamb(torchlamb.param_groups(model, weight_decay=0.1), max_grad_norm=1.0)
+assert checkpoint.load(sys.argv[2], model, optimizer) == {"step": 3}
+state = {n: p.detach() for n, p in model.named_parameters()}
+state |= {f"{n}.{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
+torch.save(state, sys.argv[3])
+"""
+
+
+@case(2)
+def runs_are_saved_in_folders_and_the_newest_good_one_is_loaded(world: int) -> None:
+    """By the same processes, and by one alone; damage to any file of a folder is seen."""
+    folder, mesh = shared_folder(), mesh_of(world)
+    model, optimizer = make_on(world, mesh, torch.float32, max_grad_norm=1.0)
+    step_on(model, optimizer, range(3))
+    first, wanted = checkpoint.save(folder, model, optimizer, step=3), whole_state(model, optimizer)
+    step_on(model, optimizer, range(3, 6))
+    second, ended = checkpoint.save(folder, model, optimizer, step=6), whole_state(model, optimizer)
+    assert checkpoint.newest(folder) == second
+    assert checkpoint.more_of(second) == {"step": 6}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in second.iterdir():
+            content = file.read_bytes()
+            for bad in damaged(content):
+                file.write_bytes(bad)
+                assert checkpoint.newest(folder) == first, file
+            file.unlink()
+            assert checkpoint.newest(folder) == first, file
+            file.write_bytes(content)
+        assert checkpoint.newest(folder) == second
+        shard = next(second.glob("__1_*"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+        alone = subprocess.run(
+            [sys.executable, "-c", LOAD_ALONE, str(Path(__file__).parent), str(first), str(folder / "alone")],
+            env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+            timeout=TIMEOUT,
+            capture_output=True,
+            text=True,
+        )
+        assert alone.returncode == 0, alone.stderr
+        assert_states(torch.load(folder / "alone"), wanted, 0.0)
+    dist.barrier()
+    model, optimizer = make_on(world, mesh, torch.float32, max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match=f"{second.name} is damaged: the checksum of its __1_0.distcp"):
+        assert checkpoint.load(folder, model, optimizer) == {"step": 3}
+    assert_states(whole_state(model, optimizer), wanted, 0.0)
+    step_on(model, optimizer, range(3, 6))
+    assert_states(whole_state(model, optimizer), ended, 0.0)
+
+
+@case(2)
+def what_cannot_be_saved_or_loaded_raises_on_every_process(world: int) -> None:
+    """A process whose disk is full, something that is no plain value, and another model: the last checkpoint stays good."""
+    folder, mesh = shared_folder(), mesh_of(world)
+    model, optimizer = make_on(world, mesh, torch.float32)
+    step_on(model, optimizer, range(3))
+    first, wanted = checkpoint.save(folder, model, optimizer, step=3), whole_state(model, optimizer)
+    step_on(model, optimizer, range(3, 4))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match="could not be written to"):
+            checkpoint.save(folder, model, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    with pytest.raises(TypeError, match="must be of tensors, numbers, strings"):
+        checkpoint.save(folder, model, optimizer, bad=lambda: None)
+    dist.barrier()
+    assert [path.name for path in folder.iterdir()] == [first.name]
+    other = Net()
+    other.out = nn.Linear(8, 4)
+    fsdp(other, mesh)
+    with raises(ValueError, "is of another model or optimizer", list(other.parameters())):
+        checkpoint.load(folder, other, torchlamb.Lamb(torchlamb.param_groups(other, weight_decay=0.1)))
+    assert checkpoint.load(folder, model, optimizer) == {"step": 3}
+    assert_states(whole_state(model, optimizer), wanted, 0.0)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from loading import load_script
+
+from torchlamb import checkpoint
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "fsdp2.py"
 LIMIT = 120  # seconds for one run
@@ -82,7 +83,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = finished(*SMALL, "--stop-at", 3, processes=2, cwd=folder)
     assert lines == [
         "Processes: 2 (cpu), steps 0 to 3, images in a step: 61",
-        f"Saved after 3 of 6 steps: {Path('out/fsdp2/checkpoint')}",
+        f"Saved after 3 of 6 steps: {Path('out/fsdp2')}",
     ]
     return folder
 
@@ -91,11 +92,11 @@ def test_two_processes_do_what_one_does(tmp_path):
     lines = finished(*SMALL, "--out", "made/here", processes=2, cwd=tmp_path)
     assert lines[:2] == [
         "Processes: 2 (cpu), steps 0 to 6, images in a step: 61",
-        f"Saved after 3 of 6 steps: {Path('made/here/checkpoint')}",
+        f"Saved after 3 of 6 steps: {Path('made/here')}",
     ]
     assert len(lines) == 4  # process 0 speaks alone
     assert_same_as_unsharded(lines)
-    assert [path.name for path in (tmp_path / "made" / "here").iterdir()] == ["checkpoint"]
+    assert [path.name[:20] for path in (tmp_path / "made" / "here").iterdir()] == ["checkpoint-00000001-"]
 
 
 @pytest.mark.slow
@@ -119,16 +120,14 @@ def test_the_commands_of_its_docstring(tmp_path, example):
 
 
 @pytest.mark.slow
-def test_a_new_checkpoint_replaces_the_old_one_and_the_rest_of_a_killed_run(stopped, tmp_path):
+def test_goes_on_from_the_newest_checkpoint_of_a_killed_run(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     out = tmp_path / "out" / "fsdp2"
-    shutil.copytree(out / "checkpoint", out / "checkpoint.part")
-    (out / "checkpoint.part" / "progress.json").unlink()
-    (out / "checkpoint.part" / "__7_0.distcp").write_text("of an eighth process")
+    (out / ".saving-checkpoint-00000002").mkdir()
+    (out / ".saving-checkpoint-00000002" / "__7_0.distcp").write_text("of an eighth process")
     finished(*SMALL, "--resume", "--stop-at", 5, processes=0, cwd=tmp_path)
-    assert [path.name for path in out.iterdir()] == ["checkpoint"]
-    assert json.loads((out / "checkpoint" / "progress.json").read_text()) == {"step": 5, "steps": 6, "batch_size": 61}
-    assert sorted(path.name for path in (out / "checkpoint").iterdir()) == [".metadata", "__0_0.distcp", "progress.json"]
+    assert sorted(path.name[:20] for path in out.iterdir()) == ["checkpoint-00000001-", "checkpoint-00000002-"]
+    assert checkpoint.more_of(checkpoint.newest(out)) == {"step": 5, "steps": 6, "batch_size": 61}
     assert_same_as_unsharded(finished(*SMALL, "--resume", processes=0, cwd=tmp_path))
 
 
@@ -182,7 +181,7 @@ WRONG = [
 def test_refuses_wrong_flags(example, flags, name, value, remedy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("a file")
-    save_progress("out/fsdp2/checkpoint", step=30)
+    save_progress(step=30)
     with pytest.raises(SystemExit) as refusal:
         example.parse_args(flags, processes=4)
     assert refusal.value.code == 2
@@ -193,9 +192,9 @@ def test_refuses_wrong_flags(example, flags, name, value, remedy, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "taken"]
 
 
-def save_progress(checkpoint: str, step: int) -> None:
-    Path(checkpoint).mkdir(parents=True)
-    (Path(checkpoint) / "progress.json").write_text(json.dumps({"step": step, "steps": 60, "batch_size": 256}))
+def save_progress(step: int) -> Path:
+    model = torch.nn.Linear(1, 1)
+    return checkpoint.save("out/fsdp2", model, torch.optim.SGD(model.parameters()), step=step, steps=60, batch_size=256)
 
 
 def test_refuses_an_unwritable_folder(example, tmp_path, monkeypatch, capsys):
@@ -205,14 +204,14 @@ def test_refuses_an_unwritable_folder(example, tmp_path, monkeypatch, capsys):
     assert "argument --out: " in capsys.readouterr().err
 
 
-def test_resumes_from_what_a_killed_run_had_complete(example, tmp_path, monkeypatch):
+def test_resumes_from_the_newest_that_is_good(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_progress("out/fsdp2/checkpoint.old", step=30)
-    Path("out/fsdp2/checkpoint.part").mkdir()
-    assert example.parse_args(["--resume"]).checkpoint == Path("out/fsdp2/checkpoint.old")
-    save_progress("out/fsdp2/checkpoint", step=40)
+    older, newer = save_progress(step=30), save_progress(step=40)
     settings = example.parse_args(["--resume"])
-    assert (settings.checkpoint, settings.first) == (Path("out/fsdp2/checkpoint"), 40)
+    assert (settings.checkpoint, settings.first) == (newer, 40)
+    newer.write_bytes(b"damaged")
+    settings = example.parse_args(["--resume"])
+    assert (settings.checkpoint, settings.first) == (older, 30)
 
 
 def test_names_the_extra_that_is_missing(monkeypatch):
