@@ -135,7 +135,7 @@ def more_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         RuntimeError: it is none
     """
     source = Path(checkpoint)
-    return _read_more(source / _MORE) if source.is_dir() else _read(source, mmap=True)["more"]  # type: ignore[no-any-return]
+    return _read_more(source / _MORE) if source.is_dir() else _read(source, mmap=True)["more"]
 
 
 # The folder.
