@@ -18,7 +18,7 @@ def norms_of(param: torch.Tensor, grad: torch.Tensor, case) -> tuple[torch.Tenso
     p.grad = grad
     optimizer = torchlamb.Lamb([p], lr=0.0, weight_decay=0.1, **case.options)
     optimizer.step()
-    ((_, _, sq_norms, _),) = optimizer._last.buckets
+    ((_, _, sq_norms, *_),) = optimizer._last.buckets
     state = optimizer.state[p]
     exact_param_sq = exact_update_sq = 0.0
     for w, m, v in zip(*(t.flatten().split(2**20) for t in (param, state["exp_avg"], state["exp_avg_sq"])), strict=True):

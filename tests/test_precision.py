@@ -454,7 +454,7 @@ def test_a_skipped_step_changes_nothing(case, storage, monkeypatch):
     after = model.state_dict(), optimizer.state_dict()["state"]
     assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
     for i, state in before[1].items():
-        assert all(torch.equal(value, after[1][i][key]) for key, value in state.items())
+        assert all(torch.equal(value, after[1][i][key]) for key, value in state.items() if key != "skipped")
 
 
 # Saving and loading

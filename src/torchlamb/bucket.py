@@ -70,25 +70,15 @@ class Bucket:
         return [column[0].dtype for column in (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs)]
 
     def check(self) -> None:
-        """Raise if the tensors of a row do not fit each other, or have no memory on a CPU, which kernels would not notice.
+        """Raise if a step count is out of reach, or a tensor has no memory on a CPU, which kernels would not notice.
 
         Raises:
             RuntimeError: with the parameter's position in the optimizer
         """
         if self.steps[0].device not in (self.device, torch.device("cpu")):  # one device for all of them
             raise RuntimeError(f"the step of parameter {self.indices[0]} is on {self.steps[0].device}, and it on {self.device}")
-        shapes = [p.shape for p in self.params]
-        columns = {"gradient": self.grads, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "master": self.masters}
-        for name, column in columns.items():
-            if column and ([t.shape for t in column] != shapes or any(t.device != self.device for t in column)):
-                for index, p, t in zip(self.indices, self.params, column, strict=True):
-                    if t.shape != p.shape or t.device != p.device:
-                        raise RuntimeError(
-                            f"parameter {index} has shape {tuple(p.shape)} on {p.device}, and its {name} {tuple(t.shape)} on "
-                            f"{t.device}; a parameter that was resized or moved needs a new optimizer"
-                        )
         if self.device.type == "cpu":
-            for column in (self.params, *columns.values()):
+            for column in (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.masters):
                 for index, t in zip(self.indices, column, strict=False):
                     size = t.numel()  # an empty shard may begin behind the end of what it is a shard of
                     if size and t.untyped_storage().nbytes() < (t.storage_offset() + size) * t.itemsize:

@@ -22,7 +22,7 @@ from torchlamb.guard import Record, guard, is_guarded, note_
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
 from torchlamb.sharding import Plan, Rows, check_guard_is_global, make_local_, why_flat
-from torchlamb.state import Storage, adopt, check_loaded
+from torchlamb.state import Storage, adopt, check_loaded, check_state
 
 
 class _LastStep:
@@ -362,8 +362,8 @@ class Lamb(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _checked_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return check({**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}})
+    def _checked_options(self, group: dict[str, Any], label: str = "{}") -> dict[str, Any]:
+        return check({**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}}, label)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -473,6 +473,10 @@ class Lamb(Optimizer):
         """Raise for what cannot be stepped in any group, before anything changes."""
         if is_capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
+        for i, group in enumerate(self.param_groups):
+            lr = group["lr"]  # of which a device's value is not read back
+            on_device = isinstance(lr, Tensor) and not lr.is_cpu and lr.numel() == 1
+            self._checked_options({**group, "lr": 0.0} if on_device else group, f"param_groups[{i}]['{{}}']")
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
@@ -484,6 +488,7 @@ class Lamb(Optimizer):
             if not known:
                 check_params(group, i)
             check_grads(group, i)
+            check_state(group, self.state, i)
         if not known:  # only now: what it was made for has been checked
             self._plan = Plan.of(self.param_groups)
 

@@ -23,15 +23,15 @@ _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
 STORAGE = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None}
 
 
-def check(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a group as plain Python values.
+def check(options: dict[str, Any], label: str = "{}") -> dict[str, Any]:
+    """Return the options of a group as plain Python values. `label` says in errors where the one of that name stands.
 
     Raises:
         TypeError: a value of a wrong type
         ValueError: a value out of range, or two that contradict each other
         RuntimeError: an implementation was asked for that cannot be had
     """
-    plain = {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
+    plain = {name: _CHECKS[name](label.format(name), value) if name in _CHECKS else value for name, value in options.items()}
     if plain["master_weights"] and plain["stochastic_rounding"]:
         raise ValueError(
             "master_weights=True and stochastic_rounding=True exclude each other: what has a float32 master is rounded from it "

@@ -170,6 +170,7 @@ class _Entry:
 
     param: weakref.ref[Tensor]
     spec: object  # of a DTensor: its mesh, placements, shape and dtype
+    dtype: torch.dtype
     groups: Groups = ()  # over which its sums of squares are added, one after the other
     first_row: int = -1  # in the reduced table, if it is sharded
     rows: int = 0
@@ -209,7 +210,7 @@ class Plan:
             return False
         params = [p for group in param_groups for p in group["params"]]
         return len(params) == len(self.entries) and all(
-            entry.param() is p and entry.spec is getattr(p, "_spec", None)
+            entry.dtype is p.dtype and entry.param() is p and entry.spec is getattr(p, "_spec", None)
             for p, entry in zip(params, self.entries, strict=True)
         )
 
@@ -282,7 +283,7 @@ class Plan:
         return table, places
 
     def _add(self, param: Tensor, blocks: int, keyed: bool) -> None:
-        entry = _Entry(weakref.ref(param), getattr(param, "_spec", None))
+        entry = _Entry(weakref.ref(param), getattr(param, "_spec", None), param.dtype)
         self.entries.append(entry)
         if not is_dtensor(param):
             return

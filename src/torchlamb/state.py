@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlamb import rounding
-from torchlamb.backends import counts_on_device
+from torchlamb.backends import counts_on_device, resolve
 from torchlamb.guard import is_guarded
 from torchlamb.sharding import is_dtensor
 
@@ -107,6 +107,30 @@ class Storage:
             on_device = self.on_device or counts_on_device(self.group, param.device)
             device = self.devices[param.device] = param.device if on_device else "cpu"
         return device
+
+
+def check_state(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]], group_index: int) -> None:
+    """Raise if what a step needs does not fit the parameters, or has no kernels that were asked for; before it makes any state.
+
+    Raises:
+        RuntimeError: with the parameter
+    """
+    names = group.get("param_names", range(len(group["params"])))
+    kinds = set()
+    for name, param in zip(names, group["params"], strict=False):
+        if param.grad is None:
+            continue
+        shape, device, state = param.shape, param.device, states.get(param, {})
+        for key, t in (("gradient", param.grad), *((key, state.get(key)) for key in (*_MOMENTS, "master"))):
+            if t is not None and (t.shape != shape or t.device != device):
+                raise RuntimeError(
+                    f"parameter {name!r} of group {group_index} has shape {tuple(shape)} on {device}, and its {key} "
+                    f"{tuple(t.shape)} on {t.device}; a parameter that was resized or moved needs a new optimizer"
+                )
+        if group["fused"]:
+            kinds.add((device, param.dtype.to_real(), param.grad.dtype.to_real()))
+    for device, *dtypes in kinds:
+        resolve(dict(group), device, dtypes, small=False)
 
 
 def check_loaded(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
