@@ -38,6 +38,7 @@ F32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
 RULE = (True, True, True, True)  # bias correction, grad_averaging, layer_adaptation, decay
 KINDS = {
     "float32": k.Kinds(F32, F32, F32, F32, False, False, *RULE),
+    "float32, guarded": k.Kinds(F32, F32, F32, F32, False, False, *RULE, guarded=True),
     "float32, bf16 state": k.Kinds(F32, F32, BF16, BF16, False, False, *RULE),
     "bf16": k.Kinds(BF16, BF16, F32, F32, False, False, *RULE),
     "bf16, masters": k.Kinds(BF16, BF16, F32, F32, True, False, *RULE),

@@ -200,7 +200,10 @@ def offline():
     return load_script(Path(__file__).parent.parent / "benchmarks" / "gpu_offline.py")
 
 
-KINDS = ("float32", "float32, bf16 state", "bf16", "bf16, masters", "bf16, stochastic", "bf16, stochastic, bf16 state")
+KINDS = (
+    *("float32", "float32, guarded", "float32, bf16 state"),
+    *("bf16", "bf16, masters", "bf16, stochastic", "bf16, stochastic, bf16 state"),
+)
 
 
 @needs_triton

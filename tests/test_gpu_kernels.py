@@ -225,7 +225,8 @@ def test_offsets_of_64_bits(full):
 @triton.jit
 def ratios(sq_norms, kinds: tl.constexpr, numbers, out):
     row = tl.program_id(0)
-    tl.store(out + row, k._trust_ratio(sq_norms + 2 * row, kinds, numbers))
+    param_sq, update_sq = tl.load(sq_norms + 2 * row), tl.load(sq_norms + 2 * row + 1)
+    tl.store(out + row, k._trust_ratio(param_sq, update_sq, kinds, numbers))
 
 
 @pytest.mark.parametrize("layer_adaptation", [False, True])

@@ -91,7 +91,7 @@ class Kinds(NamedTuple):
     grad_averaging: bool
     layer_adaptation: bool
     decays: bool
-    guarded: bool  # parameters whose norms are not finite stay as they are
+    guarded: bool = False  # parameters whose norms are not finite stay as they are
 
 
 # Launches.
@@ -323,9 +323,11 @@ def _apply(table, rows, row, chunk, kinds: tl.constexpr, numbers, sq_norms, unco
     count = _elements(record, chunk, FULL)
     t = tl.load(tl.load(record + STEP).to(tl.pointer_type(tl.float32))) + uncounted
     eps, k = _bias_factors(t, kinds, numbers)
-    size = _number(numbers.lr) * _trust_ratio(sq_norms + 2 * row, kinds, numbers)
-    if kinds.guarded:
-        count = tl.where(_are_finite(sq_norms + 2 * row), count, 0)
+    param_sq = tl.load(sq_norms + 2 * row, cache_modifier=".cg")
+    update_sq = tl.load(sq_norms + 2 * row + 1, cache_modifier=".cg")
+    size = _number(numbers.lr) * _trust_ratio(param_sq, update_sq, kinds, numbers)
+    if kinds.guarded:  # what is not a number is not less either
+        count = tl.where((param_sq < float("inf")) & (update_sq < float("inf")), count, 0)
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
         w = _weight(param, master, lanes, count, kinds, FULL)
@@ -415,22 +417,13 @@ def _update(w, m, v, eps, k, kinds: tl.constexpr, numbers):
 
 
 @triton.jit
-def _trust_ratio(sq_norms, kinds: tl.constexpr, numbers):
+def _trust_ratio(param_sq, update_sq, kinds: tl.constexpr, numbers):
     ratio = 1.0
     if kinds.layer_adaptation:
-        param_sq = tl.load(sq_norms, cache_modifier=".cg")
-        update_sq = tl.load(sq_norms + 1, cache_modifier=".cg")
         phi = _clamp(tl.sqrt_rn(param_sq), numbers.phi_low, numbers.phi_high)
         ratio = _clamp(tl.div_rn(phi, tl.sqrt_rn(update_sq)), numbers.ratio_low, numbers.ratio_high)
         ratio = tl.where((param_sq == 0.0) | (update_sq == 0.0), 1.0, ratio)
     return ratio
-
-
-@triton.jit
-def _are_finite(sq_norms):
-    param_sq = tl.load(sq_norms, cache_modifier=".cg")
-    update_sq = tl.load(sq_norms + 1, cache_modifier=".cg")
-    return (param_sq < float("inf")) & (update_sq < float("inf"))  # what is not a number is not less either
 
 
 @triton.jit
