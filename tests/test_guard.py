@@ -166,6 +166,25 @@ def test_the_last_skipped_step_is_remembered_whatever_has_gradients_since(captur
     assert optimizer.state[late]["skipped"] is optimizer.skipped_steps
 
 
+def test_parameters_may_be_taken_out():
+    params, optimizer = skipping_once()
+    optimizer.param_groups[0]["params"] = params[:2]
+    set_grads(params, 0)
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert optimizer.nonfinite_parameters() == []  # positions are others now
+
+
+def test_gradients_that_overflow_once_they_are_unscaled():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torchlamb.Lamb([p, q], skip_nonfinite=True)
+    p.grad, q.grad = torch.full((3,), 1e15), torch.ones(3)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1e-10), torch.tensor(0.0)
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert optimizer.nonfinite_parameters() == [0]
+
+
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("capturable", [False, True])
 def test_the_count_is_saved(how, capturable):

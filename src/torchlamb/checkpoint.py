@@ -1,7 +1,7 @@
 """Checkpoints of a run in one folder: whole or not there at all, checksummed, and the last few of them kept.
 
 One process writes files that `torch.load` reads; several write folders of torch.distributed.checkpoint. This room knows models
-and optimizers by their state dicts only, and serves those of any optimizer.
+and optimizers by their state dicts only, and serves any optimizer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchlamb.sharding import is_dtensor
+from torchlamb.state import NUMBERS
 
 T = TypeVar("T")
 
 _SUMS = "SHA256SUMS"  # of a folder's other files, as `sha256sum` writes and checks them
-_MORE = "more.pt"
+_PLAIN = "plain.pt"  # of a folder: what is no shard
 _SAVING = ".saving-"  # what is not complete is called this
 _DIGITS = 16  # of the checksum that the name has: of the file, or of a folder's SHA256SUMS
 _NAME = re.compile(rf"checkpoint-(\d{{8,}})-([0-9a-f]{{{_DIGITS}}})(\.pt)?")
@@ -77,10 +78,12 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
         if _is_distributed():
             checksum = _write_shards(saving, model, optimizer, more)
         else:
-            checksum = _write(saving, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more})
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
+            checksum = _write(saving, {"class": type(optimizer).__name__, **content})
         return _on_first(lambda: _publish(saving, folder / f"{name}-{checksum}{'' if saving.is_dir() else '.pt'}", keep))
     except BaseException:
-        _remove(saving)
+        if not _is_distributed() or torch.distributed.get_rank() == 0:
+            _remove(saving)
         raise
 
 
@@ -111,10 +114,11 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -
         warnings.warn(f"{what}; taking the next older checkpoint", stacklevel=2)
     if source.is_dir():
         return _read_shards(source, model, optimizer)
-    saved = _read(source)
+    saved = _read(source, "class", "model", "optimizer", "more")
     if any(is_dtensor(p) for p in model.parameters()):
         raise ValueError(f"{source} was saved by one process; load it before the model is sharded")
-    _check_model(saved["model"], model, source)
+    _check_class(saved["class"], optimizer, source)
+    _check_model({k: getattr(v, "shape", None) for k, v in saved["model"].items()}, model.state_dict(), source)
     optimizer.load_state_dict(saved["optimizer"])
     model.load_state_dict(saved["model"])
     return saved["more"]  # type: ignore[no-any-return]
@@ -135,7 +139,8 @@ def more_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         RuntimeError: it is none
     """
     source = Path(checkpoint)
-    return _read_more(source / _MORE) if source.is_dir() else _read(source, mmap=True)["more"]
+    more: dict[str, Any] = _read(source / _PLAIN if source.is_dir() else source, "more", mmap=True)["more"]
+    return more
 
 
 # The folder.
@@ -239,7 +244,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path.parent} could not be written to ({error}); checkpoints that were there stay good") from error
 
 
-def _read(file: Path, mmap: bool = False) -> dict[str, Any]:
+def _read(file: Path, *keys: str, mmap: bool = False) -> dict[str, Any]:
     """Return what a file has, none of which is executed."""
     try:
         if not zipfile.is_zipfile(file):
@@ -247,21 +252,28 @@ def _read(file: Path, mmap: bool = False) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise RuntimeError(f"{file} is no checkpoint of save(), and nothing in it was executed: {error}") from error
-    if not isinstance(content, dict) or not {"model", "optimizer", "more"} <= content.keys():
-        raise RuntimeError(f"{file} is no checkpoint of save(): it does not have model, optimizer and more")
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise RuntimeError(f"{file} is no checkpoint of save(): it has not all of {', '.join(keys)}")
     return content
 
 
-def _check_model(saved: Mapping[str, Any], model: nn.Module, source: Path) -> None:
-    """Raise ValueError for the first difference: torch would load half of it before it raises."""
-    own = model.state_dict()
+def _check_class(saved: str, optimizer: Optimizer, source: Path) -> None:
+    if saved != type(optimizer).__name__:
+        raise ValueError(
+            f"{source} is of {saved}, and the optimizer is {type(optimizer).__name__}; give the one that was saved, or load "
+            "its state dict by hand"
+        )
+
+
+def _check_model(saved: Mapping[str, Any], own: Mapping[str, Any], source: Path) -> None:
+    """Raise ValueError for the first difference of names and shapes: torch would load half of it before it raises."""
     for name, value in own.items():
         if name not in saved:
             raise ValueError(f"{source} has no {name!r}, as the model has; give the model that was saved")
-        if isinstance(value, Tensor) and (not isinstance(saved[name], Tensor) or saved[name].shape != value.shape):
-            shape = tuple(getattr(saved[name], "shape", ()))
+        if isinstance(value, Tensor) and tuple(saved[name] or ()) != tuple(value.shape):
             raise ValueError(
-                f"{name!r} has shape {shape} in {source}, and {tuple(value.shape)} in the model; give the model that was saved"
+                f"{name!r} has shape {tuple(saved[name] or ())} in {source}, and {tuple(value.shape)} in the model; give the "
+                "model that was saved"
             )
     for name in saved:
         if name not in own:
@@ -300,53 +312,65 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _on_first(function: Callable[[], T]) -> T:
-    """Return what a function returns on the first process, or raise what it raises there, on all of them."""
+def _together(function: Callable[[], T]) -> list[T]:
+    """Return what a function returns on every process; where it raises on one, raise that on all of them."""
     if not _is_distributed():
-        return function()
-    results: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            results[0] = function()
-        except Exception as error:
-            results[1] = error
-    torch.distributed.broadcast_object_list(results)
-    if results[1] is not None:
-        raise results[1]
-    return results[0]  # type: ignore[no-any-return]
+        return [function()]
+    own: tuple[T | None, Exception | None]
+    try:
+        own = function(), None
+    except Exception as error:
+        own = None, error
+    results: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(results, own)
+    for _, raised in results:
+        if raised is not None:
+            raise raised
+    return [result for result, _ in results]
+
+
+def _on_first(function: Callable[[], T]) -> T:
+    """Return on all processes what a function returns on the first, which alone calls it."""
+    is_first = not _is_distributed() or torch.distributed.get_rank() == 0
+    return _together(lambda: function() if is_first else None)[0]  # type: ignore[return-value]
 
 
 def _write_shards(saving: Path, model: nn.Module, optimizer: Optimizer, more: dict[str, Any]) -> str:
-    """Write a folder, each process its own files and their checksums, and return the checksum for its name."""
+    """Write a folder, each process its own files and their checksums, and return the checksum for its name.
+
+    Not with torch's `get_optimizer_state_dict`, which takes a step of an optimizer that has no state yet, and cannot load what
+    lacks the state of a parameter.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-    rank = torch.distributed.get_rank()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    rank, params = torch.distributed.get_rank(), _params_of(optimizer)
+    weights, weights_plain = _split(get_model_state_dict(model))
+    state_dict = optimizer.state_dict()
+    state, state_plain = _split({f"{i}.{key}": v for i, of in state_dict.pop("state").items() for key, v in of.items()})
+    kinds = _agreed({key: (tuple(t.shape), t.dtype) for key, t in state.items()}, [tuple(p.shape) for p in params])
+    # Processes that had no gradient of a parameter may lack its state.
+    state = {key: state[key] if key in state else _empty(key, kind, params) for key, kind in kinds.items()}
     with _writing(saving):
         try:
-            save_shards({"model": model_state, "optimizer": optimizer_state}, storage_writer=FileSystemWriter(saving))
+            save_shards({"model": weights, "state": state}, storage_writer=FileSystemWriter(saving))
         except CheckpointException as error:  # on all processes
             raise OSError(str(error)) from error
-    if more_error := _on_first(lambda: _write_more(saving / _MORE, more)):
-        raise more_error
-    prefixes = (f"__{rank}_", ".metadata", _MORE) if rank == 0 else (f"__{rank}_",)
-    own = [f"{_checksum(file)}  {file.name}" for file in sorted(saving.iterdir()) if file.name.startswith(prefixes)]
-    lines: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(lines, own)
+    plain = {
+        "class": type(optimizer).__name__,
+        "model": {"shapes": {name: tuple(t.shape) for name, t in weights.items()}, "plain": weights_plain},
+        "optimizer": {"kinds": kinds, "plain": state_plain, "rest": state_dict},
+        "more": more,
+    }
+    _on_first(lambda: _write(saving / _PLAIN, plain))
+    prefixes = (f"__{rank}_", ".metadata", _PLAIN) if rank == 0 else (f"__{rank}_",)
+    files = _together(lambda: sorted(file for file in saving.iterdir() if file.name.startswith(prefixes)))[rank]
+    lines = _together(lambda: [f"{_checksum(file)}  {file.name}" for file in files])
     sums = "".join(f"{line}\n" for of_process in lines for line in of_process)
     _on_first(lambda: _write_sums(saving / _SUMS, sums))
     return hashlib.sha256(sums.encode()).hexdigest()[:_DIGITS]
-
-
-def _write_more(file: Path, more: dict[str, Any]) -> Exception | None:
-    try:
-        _write(file, more)
-    except (OSError, TypeError) as error:
-        return error
-    return None
 
 
 def _write_sums(file: Path, sums: str) -> None:
@@ -357,27 +381,61 @@ def _write_sums(file: Path, sums: str) -> None:
 
 
 def _read_shards(source: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.api import CheckpointException
+    """Load a folder into new tensors first: what does not fit changes nothing."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-    more = _read_more(source / _MORE)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    plain = _together(lambda: _read(source / _PLAIN, "class", "model", "optimizer", "more"))[0]
+    saved, params = plain["optimizer"], _params_of(optimizer)
+    own, _ = _split(get_model_state_dict(model))
+    _check_class(plain["class"], optimizer, source)
+    _check_model(plain["model"]["shapes"], own, source)
+    counts = [[len(group["params"]) for group in groups] for groups in (saved["rest"]["param_groups"], optimizer.param_groups)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"{source} has groups of {counts[0]} parameters, and the optimizer of {counts[1]}; give what was saved"
+        )
+    weights = {name: torch.empty_like(t) for name, t in own.items()}
+    state = {key: _empty(key, kind, params) for key, kind in saved["kinds"].items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")  # that this is one process, is meant
-        try:
-            load_shards(state, storage_reader=FileSystemReader(source))  # plans and checks before it writes anything
-        except CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{source} is of another model or optimizer: {first}; give those that were saved") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return more
+        load_shards({"model": weights, "state": state}, storage_reader=FileSystemReader(source))
+    by_param: dict[int, dict[str, Any]] = {}
+    for key, value in {**state, **saved["plain"]}.items():
+        index, _, name = key.partition(".")
+        by_param.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**saved["rest"], "state": by_param})
+    set_model_state_dict(model, {**weights, **plain["model"]["plain"]})
+    return plain["more"]  # type: ignore[no-any-return]
 
 
-def _read_more(file: Path) -> dict[str, Any]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except pickle.UnpicklingError as error:
-        raise RuntimeError(f"{file} is not of save(), and nothing in it was executed: {error}") from error
+def _params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a state dict, and its plain values."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+
+def _agreed(kinds: dict[str, Any], shapes: list[tuple[int, ...]]) -> dict[str, Any]:
+    """Return the shape and dtype of every state tensor that any process has.
+
+    Raises:
+        ValueError: processes have other parameters, as in pipelines
+    """
+    of_processes = _together(lambda: (kinds, shapes))
+    if any(others != shapes for _, others in of_processes):
+        raise ValueError("the optimizers of the processes have other parameters; give each its own folder and process group")
+    return {key: kind for own, _ in of_processes for key, kind in own.items()}
+
+
+def _empty(key: str, kind: tuple[tuple[int, ...], torch.dtype], params: list[Tensor]) -> Tensor:
+    """Return zeros for a state tensor, sharded as its parameter is if it has its shape."""
+    index, _, name = key.partition(".")
+    (shape, dtype), param = kind, params[int(index)]
+    if shape == tuple(param.shape) and name not in NUMBERS:
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype)

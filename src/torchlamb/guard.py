@@ -33,9 +33,10 @@ class Record:
             return torch.tensor(indices, dtype=torch.int64, device=self.skipped.device)
         key = tuple(indices)
         if key not in self.places:
-            if len(self.places) == 64:
-                self.places.clear()
-            self.places[key] = torch.tensor(indices, dtype=torch.int64, device=self.skipped.device)
+            place = torch.tensor(indices, dtype=torch.int64, device=self.skipped.device)
+            if len(self.places) == 64:  # none is let go: graphs may read it
+                return place
+            self.places[key] = place
         return self.places[key]
 
 
@@ -126,12 +127,13 @@ def note_(record: Record, verdict: Verdict, updates: Rows) -> None:
 
 
 def _of_gradients(sums: Rows, device: torch.device) -> Tensor:
-    """Return of which rows the gradient is to blame where their total is not finite: it is not itself, or no other is."""
-    if not sums:
+    """Return of which rows the gradient is to blame where their total is not finite: it is not itself, or it is the largest."""
+    rows = torch.cat([rows.to(device).float() for _, rows in sums]) if sums else torch.zeros(0, device=device)
+    if len(rows) == 0:
         return torch.zeros(0, dtype=torch.bool, device=device)
-    rows = torch.cat([rows.to(device).float() for _, rows in sums])
     nonfinite = ~torch.isfinite(rows)
-    return torch.where(nonfinite.any(), nonfinite, rows > torch.finfo(torch.float32).max / len(rows))
+    large = rows.max().clamp(max=torch.finfo(torch.float32).max / len(rows))
+    return torch.where(nonfinite.any(), nonfinite, rows >= large)
 
 
 def _host_may_read(skip: Tensor, work: Work, plan: Plan | None, groups: Sequence[dict[str, Any]]) -> bool:

@@ -459,7 +459,7 @@ class Lamb(Optimizer):
         if skipped is None:
             skipped = self.skipped_steps
         nonfinite = torch.zeros(count, dtype=torch.bool, device=skipped.device)
-        if old is not None:
+        if old is not None and len(old.nonfinite) < count:  # parameters were added, or else their positions have changed
             nonfinite[: len(old.nonfinite)] = old.nonfinite
         return Record(skipped, nonfinite)
 

@@ -189,6 +189,7 @@ class Plan:
     entries: list[_Entry] = field(default_factory=list)  # of every parameter, in the order of the groups
     rows_of: dict[ProcessGroup, list[int]] = field(default_factory=dict)  # rows of the table that are added over it
     device_type: str = "cpu"  # of the meshes
+    device: torch.device | None = None  # of the shards: where sums are added, on every process alike
     dtype: torch.dtype = torch.float32
     rows: int = 0
     is_sharded: bool = False  # any of them is a DTensor
@@ -275,7 +276,7 @@ class Plan:
 
     def _table(self, tables: Rows, columns: tuple[int, ...]) -> tuple[Tensor, list[slice | list[int]]]:
         """Return zeros (rows, *columns) with this process's sums at their places, and the places."""
-        device = next((sums.device for _, sums in tables), torch.device(self.device_type))
+        device = self.device or torch.device(self.device_type)
         table = torch.zeros(self.rows, *columns, dtype=self.dtype, device=device)
         places = [self._places(indices) for indices, _ in tables]
         for place, (_, sums) in zip(places, tables, strict=True):
@@ -302,7 +303,7 @@ class Plan:
         for group in entry.groups:
             self.rows_of.setdefault(group, []).extend(range(self.rows, self.rows + blocks))
         self.rows += blocks
-        self.device_type = mesh.device_type
+        self.device_type, self.device = mesh.device_type, self.device or local(param.detach()).device
         self.dtype = torch.promote_types(self.dtype, torch.promote_types(param.dtype, torch.float32).to_real())
 
     def _places(self, indices: Sequence[int]) -> slice | list[int]:

@@ -18,7 +18,8 @@ from torchlamb.sharding import is_dtensor
 
 _LOW = (torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_NUMBERS = {"step": torch.float32, "seed": torch.int64, "skipped": torch.int64}
+# One of each parameter, whatever its shape.
+NUMBERS = {"step": torch.float32, "seed": torch.int64, "skipped": torch.int64}
 
 
 class Storage:
@@ -76,9 +77,9 @@ class Storage:
         """
         for key, param in zip(keys, params, strict=True):
             for name, value in loaded.get(key, {}).items():
-                if name in _NUMBERS:
+                if name in NUMBERS:
                     number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-                    states[param][name] = number.to(self._device(param), _NUMBERS[name])
+                    states[param][name] = number.to(self._device(param), NUMBERS[name])
                 elif name == "master" and not self.keeps_master(param):
                     del states[param][name]
                 elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
@@ -178,7 +179,7 @@ def _check_loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any], i: i
 
 def _check_loaded_state(state: Mapping[str, Any], name: str, param: Tensor) -> None:
     for key in state:
-        if key not in (*_MOMENTS, *_NUMBERS, "master"):
+        if key not in (*_MOMENTS, *NUMBERS, "master"):
             raise ValueError(
                 f"the state of {name} has {key!r}, which is not of Lamb, Adam or AdamW; start with a fresh Lamb instead of "
                 "loading another optimizer's state"
@@ -187,7 +188,7 @@ def _check_loaded_state(state: Mapping[str, Any], name: str, param: Tensor) -> N
         if key not in state and not set(state) <= {"seed", "master", "skipped"}:  # which may be there before the first step
             raise ValueError(f"the state of {name} has no {key!r}; load a complete state dict, or start with a fresh Lamb")
     for key, value in state.items():
-        if key in _NUMBERS:
+        if key in NUMBERS:
             if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
                 raise ValueError(f"{key} of {name} must be one number, got {value!r}; load what state_dict() returned")
         else:
