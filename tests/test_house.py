@@ -107,6 +107,8 @@ def test_one_version_number():
 PUBLIC = [
     torchlamb.Lamb,
     torchlamb.param_groups,
+    torchlamb.checkpoint.save,
+    torchlamb.checkpoint.load,
     torchlamb.testing.assert_relative_step,
     mindspore.Model,
     mindspore.FixedLossScaleManager,

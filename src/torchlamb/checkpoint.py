@@ -108,6 +108,15 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -
         FileNotFoundError: there is no checkpoint
         RuntimeError: the one that was asked for, or every one, is damaged, or is none
         ValueError, TypeError: it is of another model or optimizer; nothing has changed then
+
+    Example:
+        >>> import tempfile, torch, torchlamb
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torchlamb.Lamb(model.parameters())
+        >>> folder = tempfile.mkdtemp()
+        >>> saved = torchlamb.checkpoint.save(folder, model, optimizer, step=7)
+        >>> torchlamb.checkpoint.load(saved, model, optimizer)["step"]
+        7
     """
     source, damaged = _on_first(lambda: _find(Path(path)))
     for what in damaged:
