@@ -119,16 +119,16 @@ class Rounded:
 
 
 def assert_rounded_alike(got: np.ndarray, wanted: np.ndarray, terms: np.ndarray, dtype: torch.dtype, what: str) -> int:
-    """Assert at most one unit in the last place between them, and return how many differ at all.
+    """Assert at most one unit in the last place between them, and return how many are rounded otherwise.
 
-    Beside it only what float32 arithmetic leaves where `terms`, of which they are sums, cancel.
+    Beside it only what float32 arithmetic leaves where `terms`, of which they are sums, cancel: its error, not rounding's.
     """
     _, exponent = np.frexp(np.maximum(np.abs(got), np.abs(wanted)))
     info = torch.finfo(dtype)
     ulp = info.eps * np.maximum(np.ldexp(1.0, exponent - 1), info.smallest_normal)
     cancelled = 2.0**-22 * np.max(terms, initial=0)
     assert np.all(np.abs(got - wanted) <= 1.001 * ulp + cancelled), what
-    return int(np.sum(got != wanted))
+    return int(np.sum(np.abs(got - wanted) > cancelled))
 
 
 def check_arithmetic(reference: Reference, optimizer: torchlamb.Lamb, params: dict[str, nn.Parameter]) -> None:
