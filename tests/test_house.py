@@ -33,6 +33,10 @@ ORDER = [
     ["torchlamb.state"],
     ["torchlamb.lamb"],
     ["torchlamb.groups", "torchlamb.testing", "torchlamb.checkpoint"],
+    ["torchlamb.convert.sources", "torchlamb.convert.mindspore"],
+    ["torchlamb.convert.states"],
+    ["torchlamb.convert"],
+    ["torchlamb.convert.__main__"],
     ["torchlamb"],
     [
         "torchlamb.mindspore.checks",
@@ -48,7 +52,7 @@ ORDER = [
     ["torchlamb.mindspore"],
 ]
 # What a module may need beside torch, inside the function that needs it. gpu_kernels is itself imported inside one.
-EXTRAS = {"torchlamb.mindspore.model": {"tqdm"}, "torchlamb.backends.gpu_kernels": {"triton"}}
+EXTRAS = {"torchlamb.mindspore.model": {"tqdm"}, "torchlamb.backends.gpu_kernels": {"triton"}, "torchlamb.convert.__main__": {"mindspore"}}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -90,7 +94,7 @@ print(json.dumps([sorted(new), torch.cuda.is_initialized()]))
     assert not cuda
 
 
-@pytest.mark.parametrize("module", [torchlamb, mindspore, mindspore.nn], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [torchlamb, torchlamb.convert, mindspore, mindspore.nn], ids=lambda module: module.__name__)
 def test_public_names(module):
     assert module.__all__ == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
@@ -109,6 +113,10 @@ PUBLIC = [
     torchlamb.param_groups,
     torchlamb.checkpoint.save,
     torchlamb.checkpoint.load,
+    torchlamb.convert.to_lamb,
+    torchlamb.convert.to_adamw,
+    torchlamb.convert.from_mindspore,
+    torchlamb.convert.lr_factor,
     torchlamb.testing.assert_relative_step,
     mindspore.Model,
     mindspore.FixedLossScaleManager,
