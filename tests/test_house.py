@@ -52,7 +52,11 @@ ORDER = [
     ["torchlamb.mindspore"],
 ]
 # What a module may need beside torch, inside the function that needs it. gpu_kernels is itself imported inside one.
-EXTRAS = {"torchlamb.mindspore.model": {"tqdm"}, "torchlamb.backends.gpu_kernels": {"triton"}, "torchlamb.convert.__main__": {"mindspore"}}
+EXTRAS = {
+    "torchlamb.mindspore.model": {"tqdm"},
+    "torchlamb.backends.gpu_kernels": {"triton"},
+    "torchlamb.convert.__main__": {"mindspore"},
+}
 
 
 def imports_of(path: Path) -> set[str]:
