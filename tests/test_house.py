@@ -55,7 +55,7 @@ ORDER = [
 EXTRAS = {
     "torchlamb.mindspore.model": {"tqdm"},
     "torchlamb.backends.gpu_kernels": {"triton"},
-    "torchlamb.convert.__main__": {"mindspore"},
+    "torchlamb.convert.__main__": {"mindspore", "numpy"},
 }
 
 

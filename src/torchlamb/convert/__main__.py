@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchlamb.convert", description="Convert an optimizer's state to torchlamb.Lamb's."
     )
-    parser.add_argument("old", type=Path, help="a file of torch.save, or a .ckpt of MindSpore where that is installed")
+    parser.add_argument(
+        "old",
+        type=Path,
+        help="a file of torch.save; of MindSpore a .npz with its arrays by name, or its .ckpt where it is installed",
+    )
     parser.add_argument("new", type=Path, help="the file to write; it must not exist")
     parser.add_argument(
         "--from",
@@ -63,7 +67,7 @@ def convert_file(old: Path, new: Path, source: str, key: str | None, arguments: 
     """
     if new.exists():
         raise FileExistsError(f"{new} exists; remove it, or choose another name")
-    content = _read_ckpt(old) if old.suffix == ".ckpt" else _read(old)
+    content = {".ckpt": _read_ckpt, ".npz": _read_npz}.get(old.suffix, _read)(old)
     inner = content
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
@@ -113,10 +117,25 @@ def _read_ckpt(path: Path) -> Any:
         from mindspore import load_checkpoint  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ImportError(
-            "a .ckpt is read by mindspore, which is not installed; where it is, save {name: array} with numpy and torch, and "
-            "convert that"
+            f"{path} is read by mindspore, which is not installed; where it is, make a .npz and convert that: "
+            "numpy.savez(NEW, **{name: p.asnumpy() for name, p in mindspore.load_checkpoint(OLD).items()})"
         ) from error
-    return load_checkpoint(str(path))
+    try:
+        return load_checkpoint(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated, or no checkpoint of MindSpore: {error}") from error
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise ImportError(f"{path} is read by numpy, which is not installed: pip install numpy") from error
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is truncated, or no file of numpy.savez: {error}") from error
 
 
 def _write(content: Any, path: Path) -> None:

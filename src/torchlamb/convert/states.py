@@ -21,7 +21,12 @@ StateDict = dict[str, Any]
 # Of a group of Lamb: all options, and those whose absence in AdamW changes what is computed.
 _OPTIONS = set(inspect.signature(Lamb).parameters) - {"params"}
 _WITHOUT_COUNTERPART = ("phi_bounds", "trust_ratio_bounds", "grad_centralization", "max_grad_norm", "skip_nonfinite")
-_OURS = Source("torchlamb.Lamb", ("layer_adaptation", "grad_averaging"), "state", lambda *_: ({}, []))
+_OURS = Source(
+    "torchlamb.Lamb",
+    ("layer_adaptation", "phi_bounds", "blocks", "grad_averaging", "max_grad_norm"),
+    "state",
+    lambda *_: ({}, []),
+)
 
 
 def to_lamb(state_dict: Mapping[str, Any], source: str, arguments: Mapping[str, Any] | None = None) -> StateDict:

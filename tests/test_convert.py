@@ -1,0 +1,509 @@
+"""Other optimizers' states as ours: runs of theirs, saved half-way by golden/make_states.py, go on as they did.
+
+Those of Apex and DeepSpeed were not made with the real ones, which need a GPU, but laid out as their sources say.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchlamb
+import torchlamb.mindspore
+from torchlamb.convert import SOURCES, from_mindspore, lr_factor, to_adamw, to_lamb
+from torchlamb.convert.__main__ import convert_file
+
+STATES = Path(__file__).parent / "golden" / "states"
+# The name of the file, and what the warning says of it.
+RUNS = {
+    "timm": None,
+    "timm_adapts": None,
+    "apex": None,
+    "apex_mixed_precision": None,
+    "deepspeed": r"lr_factor\('deepspeed'\)",
+    "torch_optimizer": None,
+    "torch_optimizer_debias": r"lr_factor\('torch_optimizer'\)",
+    "pytorch_optimizer": r"\+ eps.*lr_factor\('pytorch_optimizer'\)",
+    "adam": "tune it again",
+    "adamw": "tune it again",
+}
+
+
+# In float64: 1e-13, but for a lr that is a float32 tensor, and for an eps in the ratio, which ours leaves out.
+TOLERANCES = {"apex_mixed_precision": 2e-8, "pytorch_optimizer": 1e-7}
+
+
+def saved(name):
+    return torch.load(STATES / f"{name}.pt", weights_only=True)
+
+
+def converted(run, note=None):
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        state_dict = to_lamb(run["state_dict"], run["source"], run["arguments"])
+    assert len(notes) == (note is not None)
+    if note is not None:
+        assert notes[0].filename == __file__  # it points at who called
+        assert re.search(note, str(notes[0].message))
+    return state_dict
+
+
+def go_on(run, state_dict, has_factor, dtype):
+    """Return the parameters after the second half, with Lamb from the converted state."""
+    params = [nn.Parameter(p.to(dtype)) for p in run["params"]]
+    optimizer = torchlamb.Lamb([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.load_state_dict(state_dict)
+    factor = lr_factor(run["source"], optimizer.param_groups[0]["betas"]) if has_factor else lambda _: 1.0
+    if run["source"].startswith("adam"):
+        for group in optimizer.param_groups:
+            group["layer_adaptation"] = False
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for t, grads in enumerate(run["grads"], start=int(optimizer.state[params[0]]["step"])):
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr * factor(t)
+        for p, grad in zip(params, grads, strict=False):  # the last one has none
+            p.grad = grad.to(dtype)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def largest_difference(run, results):
+    """Return how far a parameter ends from where theirs did, relative to its norm."""
+    return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(results, run["result"], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_as_it_did(name, dtype, record_property):
+    run, note = saved(name), RUNS[name]
+    difference = largest_difference(run, go_on(run, converted(run, note), "lr_factor" in (note or ""), dtype))
+    record_property("largest relative difference", f"{difference:.1e}")
+    assert difference <= (1e-6 if dtype is torch.float32 else TOLERANCES.get(name, 1e-13))
+
+
+def test_a_wrong_step_count_would_be_seen():
+    run = saved("timm")
+    state_dict = converted(run)
+    for entry in state_dict["state"].values():
+        entry["step"] += 1
+    assert largest_difference(run, go_on(run, state_dict, False, torch.float64)) > 1e-4
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_given_is_not_changed(name):
+    run = saved(name)
+    before = copy.deepcopy(run["state_dict"])
+    state_dict = converted(run, RUNS[name])
+    assert str(run["state_dict"]) == str(before)
+    for group, theirs in zip(state_dict["param_groups"], before["param_groups"], strict=True):
+        assert group["params"] == theirs["params"]
+        assert group["initial_lr"] == theirs["initial_lr"] if "initial_lr" in theirs else True
+    assert torch.load(io_of(state_dict), weights_only=True)
+
+
+def io_of(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def change_timm(**changes):
+    state_dict = saved("timm")["state_dict"]
+    for group in state_dict["param_groups"]:
+        group.update(changes)
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "wanted"),
+    [
+        ("timm", {"always_adapt": True}, {"layer_adaptation": True}),
+        ("timm", {"weight_decay": 0.0}, {"layer_adaptation": False, "weight_decay": 0.0}),
+        ("timm", {"trust_clip": True}, {"trust_ratio_bounds": (0.0, 1.0)}),
+        ("timm", {"max_grad_norm": None}, {"max_grad_norm": None}),
+        ("timm", {"grad_averaging": False, "bias_correction": False}, {"grad_averaging": False, "bias_correction": False}),
+        (
+            "timm",
+            {"lr": torch.tensor(0.5), "betas": [0.5, 0.25], "eps": 0.125},
+            {"lr": 0.5, "betas": (0.5, 0.25), "eps": 0.125},
+        ),
+    ],
+)
+def test_options(source, changes, wanted):
+    for group in to_lamb(change_timm(**changes), source)["param_groups"]:
+        assert {name: group[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "arguments", "note"),
+    [
+        ("timm", {"caution": True}, {}, "caution=True masks"),
+        ("timm", {"decoupled_decay": True, "weight_decay": 0.1}, {}, "decoupled_decay=True decays outside"),
+        ("apex", {}, {"adam_w_mode": False}, "adam_w_mode=False adds the decay to the gradient"),
+        ("deepspeed", {"max_grad_norm": 1.0}, {}, "handed to its step"),
+        ("deepspeed", {}, {"eps_inside_sqrt": True}, "sqrt\\(v \\+ eps\\)"),
+        ("pytorch_optimizer", {"weight_decouple": True, "weight_decay": 0.1}, {}, "outside the update"),
+        ("pytorch_optimizer", {"rectify": True}, {}, "rectify=True has no counterpart"),
+        ("pytorch_optimizer", {}, {"pre_norm": True}, "pre_norm=True adds eps"),
+        ("adam", {"weight_decay": 0.1}, {}, "in its moments"),
+        ("adamw", {"weight_decay": 0.1}, {}, "outside the update"),
+        ("adamw", {"amsgrad": True}, {}, "amsgrad"),
+    ],
+)
+def test_what_cannot_be_carried_is_named(source, changes, arguments, note):
+    state_dict = saved(source)["state_dict"]
+    for group in state_dict["param_groups"]:
+        group.update(changes)
+    with pytest.warns(UserWarning, match=note):
+        to_lamb(state_dict, source, arguments)
+
+
+def test_arguments_that_state_dicts_do_not_hold():
+    apex = saved("apex")["state_dict"]
+    assert [g["layer_adaptation"] for g in to_lamb(apex, "apex")["param_groups"]] == [True, False]
+    assert [g["layer_adaptation"] for g in to_lamb(apex, "apex", {"use_nvlamb": True})["param_groups"]] == [True, True]
+    clamped = to_lamb(saved("torch_optimizer")["state_dict"], "torch_optimizer", {"clamp_value": 3, "adam": True})
+    assert clamped["param_groups"][0]["phi_bounds"] == (0.0, 3.0)
+    assert not clamped["param_groups"][0]["layer_adaptation"]
+    with pytest.warns(UserWarning, match="eps"):
+        groups = to_lamb(saved("pytorch_optimizer")["state_dict"], "pytorch_optimizer", {"pre_norm": True, "maximize": True})
+    assert (groups["param_groups"][0]["max_grad_norm"], groups["param_groups"][0]["maximize"]) == (1.0, True)
+
+
+def test_masters():
+    """DeepSpeed's wrapper has float32 parameters; Apex' state dicts have none, and they are made at the first step."""
+    run = saved("deepspeed")
+    fp32_groups = [[p.float() + 1 for p in run["params"][:2]], [p.float() + 1 for p in run["params"][2:]]]
+    wrapped = {"optimizer_state_dict": run["state_dict"], "fp32_groups": fp32_groups, "cur_scale": 2.0}
+    with pytest.warns(UserWarning, match="lr_factor"):
+        state_dict = to_lamb(wrapped, "deepspeed")
+    params = [nn.Parameter(p.half()) for p in run["params"]]
+    optimizer = torchlamb.Lamb([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.load_state_dict(state_dict)
+    assert torch.equal(optimizer.state[params[1]]["master"], run["params"][1].float() + 1)
+    mixed = to_lamb(saved("apex_mixed_precision")["state_dict"], "apex_mixed_precision")
+    assert all(group["master_weights"] for group in mixed["param_groups"])
+    wrapped["fp32_groups"] = fp32_groups[:1]
+    with pytest.raises(ValueError, match="fp32_groups of state_dict has groups of"):
+        to_lamb(wrapped, "deepspeed")
+
+
+# What is refused
+
+
+ALIKE = [{"adam", "adamw"}, {"apex", "apex_mixed_precision"}]  # whose state dicts cannot be told apart
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [(name, source) for name in SOURCES for source in SOURCES if name != source and {name, source} not in ALIKE],
+)
+def test_another_optimizers_state_dict_is_refused(name, source):
+    with pytest.raises(ValueError, match=rf"param_groups\[0\] .* unlike one of .*'{name}'"):
+        to_lamb(saved(name)["state_dict"], source)
+
+
+def without(state_dict, *path):
+    inner = state_dict
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: None, "must have 'state' and 'param_groups', got a NoneType"),
+        (lambda d: {"model": d}, r"got a dict with \['model'\]"),
+        (lambda d: without(d, "param_groups", 1, "step"), r"param_groups\[1\] of state_dict has no 'step'"),
+        (lambda d: without(d, "param_groups", 0, "params"), r"param_groups\[0\] of state_dict has no 'params'"),
+        (lambda d: without(d, "state", 1, "exp_avg_sq"), r"state\[1\] of state_dict has no 'exp_avg_sq'"),
+        (
+            lambda d: d["state"][0].update(exp_avg=torch.ones(2)) or d,
+            r"of state\[0\] .* must be tensors of one shape, got \(2,\)",
+        ),
+        (lambda d: d["state"][0].update(exp_avg=3) or d, "must be tensors of one shape, got int"),
+    ],
+)
+def test_what_is_not_whole_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        to_lamb(make(saved("timm")["state_dict"]), "timm")
+
+
+def test_names_that_are_not_known():
+    with pytest.raises(ValueError, match=r"source must be one of adam, .* got 'apx'"):
+        to_lamb(saved("apex")["state_dict"], "apx")
+    with pytest.raises(
+        ValueError, match=r"arguments has 'nvlamb'; those of apex.optimizers.FusedLAMB .*: use_nvlamb, adam_w_mode"
+    ):
+        to_lamb(saved("apex")["state_dict"], "apex", {"nvlamb": True})
+    with pytest.raises(ValueError, match="got 'timm'"):
+        lr_factor("timm")
+
+
+def test_before_the_first_step():
+    fresh = torch.optim.AdamW([nn.Parameter(torch.ones(2))], weight_decay=0.0).state_dict()
+    with pytest.warns(UserWarning, match="tune it again"):
+        state_dict = to_lamb(fresh, "adamw")
+    optimizer = torchlamb.Lamb([nn.Parameter(torch.ones(2))])
+    optimizer.load_state_dict(state_dict)
+    assert not optimizer.state
+
+
+# Back to AdamW
+
+
+@pytest.mark.parametrize("grad_averaging", [True, False])
+def test_back_to_adamw(grad_averaging):
+    """Without adaptation and decay both compute the same, and so go on the same."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(3, 2, dtype=torch.float64)), nn.Parameter(torch.randn(4, dtype=torch.float64))]
+    options = {"layer_adaptation": False, "grad_averaging": grad_averaging}
+    optimizer = torchlamb.Lamb(ours, lr=0.01, eps=1e-8, **options)
+    grads = [[torch.randn_like(p) for p in ours] for _ in range(6)]
+    for step in grads[:3]:
+        for p, grad in zip(ours, step, strict=True):
+            p.grad = grad
+        optimizer.step()
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    adamw = torch.optim.AdamW(theirs)
+    with pytest.warns(UserWarning, match="to torch.optim.AdamW: .*tune lr and weight_decay again$"):
+        adamw.load_state_dict(to_adamw(copy.deepcopy(optimizer.state_dict())))
+    assert adamw.param_groups[0]["lr"] == 0.01
+    assert adamw.param_groups[0].keys() == torch.optim.AdamW(theirs).param_groups[0].keys()
+    assert torch.allclose(
+        adamw.state[theirs[0]]["exp_avg"], optimizer.state[ours[0]]["exp_avg"] * (1 if grad_averaging else 0.1)
+    )
+    if grad_averaging:
+        for step in grads[3:]:
+            for params, stepped in ((ours, optimizer), (theirs, adamw)):
+                for p, grad in zip(params, step, strict=True):
+                    p.grad = grad
+                stepped.step()
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_there_and_back():
+    run = saved("adamw")
+    params = [nn.Parameter(p.clone()) for p in run["params"]]
+    optimizer = torchlamb.Lamb([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.load_state_dict(converted(run, "tune it again"))
+    with pytest.warns(UserWarning, match="tune lr and weight_decay again"):
+        again = to_adamw(optimizer.state_dict())
+    for key, entry in run["state_dict"]["state"].items():
+        assert all(torch.equal(again["state"][key][name], value) for name, value in entry.items())
+    for group, theirs in zip(again["param_groups"], run["state_dict"]["param_groups"], strict=True):
+        assert group == theirs
+
+
+def test_what_adamw_has_not_is_named():
+    param = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    optimizer = torchlamb.Lamb([param], master_weights=True, max_grad_norm=1.0, phi_bounds=(0, 10), bias_correction=False)
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"always corrects.*phi_bounds has no.*max_grad_norm has no.*no masters"):
+        torch.optim.AdamW([param]).load_state_dict(to_adamw(optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"unlike one of torchlamb.Lamb"):
+        to_adamw(saved("timm")["state_dict"])
+
+
+# MindSpore
+
+
+def mindspore_arrays():
+    with np.load(STATES / "mindspore.npz") as arrays:
+        return dict(arrays)
+
+
+def mindspore_net():
+    net = nn.Sequential()
+    net.fc, net.norm = nn.Linear(3, 4), nn.LayerNorm(4)
+    return net
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_mindspore(front):
+    """With the front, names are MindSpore's: gamma and beta."""
+    arrays, net = mindspore_arrays(), mindspore_net()
+    if front:
+        optimizer = torchlamb.mindspore.nn.Lamb(torchlamb.mindspore.nn.trainable_params(net), learning_rate=0.5)
+    else:
+        rename = {"norm.weight": "norm.gamma", "norm.bias": "norm.beta"}
+        pairs = [(rename.get(name, name), p) for name, p in net.named_parameters()]
+        optimizer = torchlamb.Lamb([{"params": pairs[2:], "lr": 0.25}, {"params": pairs[:2]}], lr=0.5)
+    with pytest.warns(UserWarning, match=r"clips the ratio to \[0, 10\]") as notes:
+        state_dict = from_mindspore(arrays, optimizer.state_dict())
+    assert notes[0].filename == __file__
+    optimizer.load_state_dict(state_dict)
+    for p, name in ((net.fc.weight, "fc.weight"), (net.norm.weight, "norm.gamma"), (net.norm.bias, "norm.beta")):
+        assert np.array_equal(optimizer.state[p]["exp_avg"], arrays[f"lamb_m.{name}"])
+        assert np.array_equal(optimizer.state[p]["exp_avg_sq"], arrays[f"lamb_v.{name}"])
+        assert optimizer.state[p]["step"] == 7
+    if front:
+        assert optimizer.global_step == 7
+    else:
+        assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5]
+
+
+def test_mindspore_alone():
+    arrays = mindspore_arrays()
+    with pytest.warns(UserWarning, match="betas, eps, weight decay and groups"):
+        state_dict = from_mindspore(arrays)
+    (group,) = state_dict["param_groups"]
+    assert group["param_names"] == ["fc.weight", "fc.bias", "norm.gamma", "norm.beta"]
+    assert group["lr"] == pytest.approx(0.1)
+    net = mindspore_net()
+    torchlamb.Lamb(net.named_parameters()).load_state_dict(state_dict)
+    arrays["learning_rate"] = np.arange(20, dtype=np.float32)  # a list: the value of the step that comes next
+    with pytest.warns(UserWarning, match="betas"):
+        assert from_mindspore(arrays)["param_groups"][0]["lr"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("global_step"), "has no 'global_step'"),
+        (lambda a: [a.pop(name) for name in list(a) if name.startswith("lamb_m.")], "nothing that begins with 'lamb_m.'"),
+        (lambda a: a.pop("lamb_v.fc.bias"), "no 'lamb_v.fc.bias'"),
+        (lambda a: a.update({"lamb_v.fc.bias": np.ones(7)}), r"'fc.bias' have the shapes \(4,\) and \(7,\)"),
+        (lambda a: a.pop("learning_rate"), "no 'learning_rate', because it was a schedule"),
+    ],
+)
+def test_mindspore_arrays_that_are_not_whole(change, message):
+    arrays = mindspore_arrays()
+    change(arrays)
+    with pytest.raises(ValueError, match=message):
+        from_mindspore(arrays)
+
+
+def test_mindspore_like_another_model():
+    unnamed = torchlamb.Lamb(mindspore_net().parameters())
+    with pytest.raises(ValueError, match="like has no 'param_names'"):
+        from_mindspore(mindspore_arrays(), unnamed.state_dict())
+    fewer = torchlamb.Lamb([("fc.weight", nn.Parameter(torch.ones(4, 3)))])
+    with pytest.raises(ValueError, match=r"moments of 'fc.bias', which is no parameter of like"):
+        from_mindspore(mindspore_arrays(), fewer.state_dict())
+    other = torchlamb.Lamb([("fc2.weight", nn.Parameter(torch.ones(4, 3)))])
+    with pytest.raises(ValueError, match=r"no 'lamb_m.fc2.weight'"):
+        from_mindspore(mindspore_arrays(), other.state_dict())
+
+
+# Files
+
+
+def run_command(*arguments):
+    command = [sys.executable, "-m", "torchlamb.convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command(tmp_path):
+    run = saved("deepspeed")
+    torch.save({"optimizer": run["state_dict"], "epoch": 3}, tmp_path / "old.pt")
+    done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "deepspeed", "--key", "optimizer")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "lr_factor('deepspeed')" in done.stderr
+    new = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert new["epoch"] == 3
+    assert largest_difference(run, go_on(run, new["optimizer"], True, torch.float64)) <= 1e-13
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt", "old.pt"]
+    done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "deepspeed", "--key", "optimizer")
+    assert done.returncode == 1
+    assert "new.pt exists; remove it" in done.stderr
+
+
+def test_files_of_all_kinds(tmp_path):
+    new = iter(tmp_path / f"new{i}.pt" for i in range(9))
+    torch.save(saved("apex")["state_dict"], tmp_path / "apex.pt")
+    path = next(new)
+    convert_file(tmp_path / "apex.pt", path, "apex", None, {"use_nvlamb": True})
+    converted = torch.load(path, weights_only=True)
+    assert all(group["layer_adaptation"] for group in converted["param_groups"])
+    optimizer = torchlamb.Lamb([nn.Parameter(torch.ones(2))])
+    torch.save(optimizer.state_dict(), tmp_path / "lamb.pt")
+    path = next(new)
+    convert_file(tmp_path / "lamb.pt", path, "torchlamb", None, {})
+    torch.optim.AdamW([nn.Parameter(torch.ones(2))]).load_state_dict(torch.load(path, weights_only=True))
+    path = next(new)
+    convert_file(STATES / "mindspore.npz", path, "mindspore", None, {})
+    assert torch.load(path, weights_only=True)["global_step"] == 7
+
+
+def test_a_ckpt_is_read_by_mindspore(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mindspore", None)
+    with pytest.raises(ImportError, match=r"read by mindspore, which is not installed.*numpy.savez"):
+        convert_file(STATES / "mindspore.ckpt", tmp_path / "new.pt", "mindspore", None, {})
+    fake = types.ModuleType("mindspore")
+    parameters = {name: types.SimpleNamespace(asnumpy=lambda a=a: a) for name, a in mindspore_arrays().items()}
+    fake.load_checkpoint = lambda path: parameters if path.endswith("mindspore.ckpt") else None
+    monkeypatch.setitem(sys.modules, "mindspore", fake)
+    convert_file(STATES / "mindspore.ckpt", tmp_path / "new.pt", "mindspore", None, {})
+    assert torch.load(tmp_path / "new.pt", weights_only=True)["global_step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "key", "message"),
+    [
+        ("missing.pt", "timm", None, "missing.pt"),
+        ("empty.pt", "timm", None, "is empty"),
+        ("truncated.pt", "timm", None, "is truncated, or no file of torch.save"),
+        ("text.pt", "timm", None, "more in it than tensors and plain values, or is no file"),
+        ("bomb.pt", "timm", None, "more in it than tensors and plain values"),
+        ("wrapped.pt", "timm", None, "one in 'optim': give --key optim"),
+        ("wrapped.pt", "timm", "optimizer", "no entry 'optimizer': it has"),
+        ("timm.pt", "apex", None, "unlike one of apex.optimizers.FusedLAMB.*'timm'"),
+        ("truncated.npz", "mindspore", None, "is truncated, or no file of numpy.savez"),
+    ],
+)
+def test_files_that_are_refused(name, source, key, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(saved("timm")["state_dict"], "timm.pt")
+    whole = Path("timm.pt").read_bytes()
+    Path("empty.pt").touch()
+    Path("truncated.pt").write_bytes(whole[: len(whole) // 2])
+    Path("text.pt").write_text("lr: 0.1\n")
+    Path("truncated.npz").write_bytes((STATES / "mindspore.npz").read_bytes()[:1000])
+    torch.save({"optim": saved("timm")["state_dict"], "model": {}}, "wrapped.pt")
+    torch.save({"state": Bomb(), "param_groups": []}, "bomb.pt")
+    before = sorted(Path().iterdir())
+    with pytest.raises((ValueError, OSError), match=message):
+        convert_file(Path(name), Path("new.pt"), source, key, {})
+    assert sorted(Path().iterdir()) == before
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path("exploded").touch, ())
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    torch.save(saved("timm")["state_dict"], tmp_path / "timm.pt")
+
+    def no_space(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        convert_file(tmp_path / "timm.pt", tmp_path / "new.pt", "timm", None, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["timm.pt"]
+
+
+@pytest.mark.parametrize("argument", ["use_nvlamb", "use_nvlamb=open('x')"])
+def test_arguments_of_the_command(argument, tmp_path):
+    torch.save(saved("apex")["state_dict"], tmp_path / "old.pt")
+    done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "apex", "--argument", argument)
+    assert done.returncode == 1
+    assert "--argument" in done.stderr
+    assert "Traceback" not in done.stderr
