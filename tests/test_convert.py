@@ -182,6 +182,22 @@ def test_arguments_that_state_dicts_do_not_hold():
     assert (groups["param_groups"][0]["max_grad_norm"], groups["param_groups"][0]["maximize"]) == (1.0, True)
 
 
+def test_options_of_pytorch_optimizer():
+    with pytest.warns(UserWarning, match="eps"):
+        groups = to_lamb(saved("pytorch_optimizer")["state_dict"], "pytorch_optimizer")["param_groups"]
+    for group in groups:
+        assert group["phi_bounds"] == (0.0, 10.0)
+        assert (group["bias_correction"], group["layer_adaptation"], group["max_grad_norm"]) == (False, True, None)
+
+
+def test_one_max_grad_norm_for_all_groups():
+    state_dict = saved("timm")["state_dict"]
+    state_dict["param_groups"][1]["max_grad_norm"] = 2.0
+    with pytest.warns(UserWarning, match="several max_grad_norm; the first one's"):
+        groups = to_lamb(state_dict, "timm")["param_groups"]
+    assert [group["max_grad_norm"] for group in groups] == [1.0, 1.0]
+
+
 def test_masters():
     """DeepSpeed's wrapper has float32 parameters; Apex' state dicts have none, and they are made at the first step."""
     run = saved("deepspeed")

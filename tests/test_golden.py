@@ -6,6 +6,7 @@ What no options of ours reproduce is computed here as docs/variants.md describes
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,12 @@ def cases(reproduced):
 def test_the_files_are_there():
     assert len(cases(reproduced=True)) == 20
     assert len(cases(reproduced=False)) == 4
+
+
+def test_the_versions_are_those_of_the_page():
+    page = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
+    for golden, _ in ALL:
+        assert re.search(rf"{golden['made_with'].replace(' ', '.*')}", page, re.IGNORECASE), golden["made_with"]
 
 
 @pytest.mark.parametrize("foreach", [False, True])

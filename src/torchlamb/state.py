@@ -168,7 +168,7 @@ def _check_loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any], i: i
         if name not in saved:
             raise ValueError(
                 f"param_groups[{i}] of state_dict has no {name!r}, as those of Lamb, Adam and AdamW have; if it is another "
-                "optimizer's, start with a fresh Lamb"
+                "optimizer's, torchlamb.convert.to_lamb may know it"
             )
     if len(saved["params"]) != len(group["params"]):
         raise ValueError(
@@ -181,8 +181,8 @@ def _check_loaded_state(state: Mapping[str, Any], name: str, param: Tensor) -> N
     for key in state:
         if key not in (*_MOMENTS, *NUMBERS, "master"):
             raise ValueError(
-                f"the state of {name} has {key!r}, which is not of Lamb, Adam or AdamW; start with a fresh Lamb instead of "
-                "loading another optimizer's state"
+                f"the state of {name} has {key!r}, which is not of Lamb, Adam or AdamW; if it is another LAMB's, "
+                "torchlamb.convert.to_lamb may know it"
             )
     for key in ("step", *_MOMENTS):
         if key not in state and not set(state) <= {"seed", "master", "skipped"}:  # which may be there before the first step
