@@ -542,7 +542,11 @@ def foreign_dicts(model):
         "no dict": ([1], TypeError, "must be a dict with 'state' and 'param_groups', got a list"),
         "a model's": (model.state_dict(), TypeError, "got a dict with"),
         "SGD's": (of(torch.optim.SGD(params, lr=0.1, momentum=0.9)), ValueError, "no 'betas'.*torchlamb.convert.to_lamb"),
-        "amsgrad's": (of(torch.optim.Adam(params, amsgrad=True)), ValueError, "parameter 0 .*'max_exp_avg_sq'.*convert.to_lamb"),
+        "amsgrad's": (
+            of(torch.optim.Adam(params, amsgrad=True)),
+            ValueError,
+            "parameter 0 .*'max_exp_avg_sq'.*convert.to_lamb",
+        ),
         "Adamax's": (of(torch.optim.Adamax(params)), ValueError, "parameter 0 .*'exp_inf'.*convert.to_lamb"),
         "extra group": (of(torchlamb.Lamb(groups)), ValueError, "has 2 parameter groups, and this optimizer 1; construct"),
         "moment missing": (changed(lambda s, _: s[2].pop("exp_avg_sq")), ValueError, "parameter 2 .*no 'exp_avg_sq'; load"),
