@@ -24,7 +24,7 @@ test: .venv/test.stamp
 test-all: test test-slow
 
 # What `test` leaves out, and the GPU's kernels with the newest Triton.
-test-slow: .venv/test.stamp $(if $(LINUX),.venv/triton.stamp)
+test-slow: .venv/ecosystem.stamp $(if $(LINUX),.venv/triton.stamp)
 	$(BIN)/python -m pytest -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/test_gpu.py -m "not slow")
@@ -44,6 +44,11 @@ sanitize: .venv/test.stamp
 	cmake --build build/sanitized
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python tests/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
+
+# What the library is used with: Hugging Face, Lightning, TensorBoard.
+.venv/ecosystem.stamp: .venv/test.stamp
+	$(PIP) install -q -c constraints.txt -e '.[ecosystem]'
+	@touch $@
 
 # Triton alone, before the one that torch was made with.
 .venv/triton.stamp: .venv/test.stamp
