@@ -24,7 +24,7 @@ MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).remove
 
 # A module may import those on the lines above its own. `backends` is the protocol, above its implementations.
 ORDER = [
-    ["torchlamb.rule", "torchlamb.rounding"],
+    ["torchlamb.rule", "torchlamb.rounding", "torchlamb.files"],
     ["torchlamb.sharding"],
     ["torchlamb.options", "torchlamb.bucket"],
     ["torchlamb.backends.single", "torchlamb.backends.foreach", "torchlamb.backends.fused", "torchlamb.backends.gpu_kernels"],
@@ -33,7 +33,7 @@ ORDER = [
     ["torchlamb.guard"],
     ["torchlamb.state"],
     ["torchlamb.lamb"],
-    ["torchlamb.groups", "torchlamb.testing", "torchlamb.checkpoint"],
+    ["torchlamb.groups", "torchlamb.testing", "torchlamb.checkpoint", "torchlamb.telemetry"],
     ["torchlamb.convert.sources", "torchlamb.convert.mindspore"],
     ["torchlamb.convert.states"],
     ["torchlamb.convert"],
@@ -55,6 +55,7 @@ ORDER = [
 # What a module may need beside torch, inside the function that needs it. gpu_kernels is itself imported inside one.
 EXTRAS = {
     "torchlamb.mindspore.model": {"tqdm"},
+    "torchlamb.telemetry": {"matplotlib"},
     "torchlamb.backends.gpu_kernels": {"triton"},
     "torchlamb.convert.__main__": {"mindspore", "numpy"},
 }
@@ -124,6 +125,9 @@ PUBLIC = [
     torchlamb.convert.to_adamw,
     torchlamb.convert.from_mindspore,
     torchlamb.convert.lr_factor,
+    torchlamb.telemetry.Telemetry,
+    torchlamb.telemetry.read,
+    torchlamb.telemetry.plot,
     torchlamb.testing.assert_matches_reference,
     torchlamb.testing.assert_relative_step,
     mindspore.Model,

@@ -1,14 +1,14 @@
 """LAMB for PyTorch: one tuned learning rate, carried from small batches to large ones.
 
 `Lamb` is the optimizer, `param_groups` sorts a model's parameters for it, `testing` holds what can be asserted of any LAMB,
-`checkpoint` saves and loads runs, `convert` takes over those of other optimizers.
+`checkpoint` saves and loads runs, `convert` takes over those of other optimizers, `telemetry` records what steps did to layers.
 """
 
 from importlib.metadata import version as _version
 
-from torchlamb import checkpoint, convert, testing
+from torchlamb import checkpoint, convert, telemetry, testing
 from torchlamb.groups import param_groups
 from torchlamb.lamb import Lamb
 
-__all__ = ["Lamb", "__version__", "checkpoint", "convert", "param_groups", "testing"]
+__all__ = ["Lamb", "__version__", "checkpoint", "convert", "param_groups", "telemetry", "testing"]
 __version__ = _version("torchlamb")

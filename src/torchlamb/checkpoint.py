@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchlamb.files import sync
 from torchlamb.sharding import is_dtensor
 from torchlamb.state import NUMBERS
 
@@ -166,7 +167,7 @@ def _prepare(folder: Path) -> str:
 def _publish(saving: Path, final: Path, keep: int) -> Path:
     with _writing(saving):
         saving.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     for _, old in _checkpoints(final.parent)[keep:]:
         _remove(old)
     return final
@@ -297,15 +298,6 @@ def _checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Make what the system holds back of a file, or of the names in a folder, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -385,8 +377,8 @@ def _write_shards(saving: Path, model: nn.Module, optimizer: Optimizer, more: di
 def _write_sums(file: Path, sums: str) -> None:
     with _writing(file):
         file.write_text(sums)
-        _sync(file)
-        _sync(file.parent)
+        sync(file)
+        sync(file.parent)
 
 
 def _read_shards(source: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -238,17 +238,40 @@ class Lamb(Optimizer):
             >>> list(optimizer.trust_ratios())
             ['weight']
         """
+        return self._of_last_step(lambda scalars, sq_norms: rule.trust_ratio(sq_norms, scalars))
+
+    def norms(self) -> dict[str | int, Tensor]:
+        """Return the norms that each parameter's last step was scaled by: those of the parameter before it and of its update.
+
+        Returns:
+            By name or position, as `trust_ratios()`: a tensor (param_norm, update_norm) on the parameter's device, of shape
+            (2,) or, where `blocks` > 1, (blocks, 2). NaN where the step was skipped. Nothing is read back from the device.
+
+        Example:
+            >>> import torch, torchlamb
+            >>> model = torch.nn.Linear(1, 2, bias=False)
+            >>> model.weight.data[:, 0] = torch.tensor([3.0, 4.0])
+            >>> optimizer = torchlamb.Lamb(model.named_parameters(), lr=0.1)
+            >>> model(torch.ones(8, 1)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.norms()["weight"]
+            tensor([5.0000, 1.4142])
+        """
+        return self._of_last_step(lambda _, sq_norms: sq_norms.sqrt())
+
+    def _of_last_step(self, rows_of: Callable[[Scalars, Tensor], Tensor]) -> dict[str | int, Tensor]:
+        """Return what follows from the sums of squares (rows, 2) by name: NaN where the step was skipped."""
         names = self._names()
-        rows_of: dict[int, list[Tensor]] = {}
+        found: dict[int, list[Tensor]] = {}
         for indices, scalars, sq_norms, skip, guarded in self._last.buckets:
-            ratios = rule.trust_ratio(sq_norms, scalars)
-            if guarded:
-                ratios = torch.where(rule.leaves(sq_norms), torch.nan, ratios)
-            if skip is not None:
-                ratios = torch.where(skip, torch.nan, ratios)
-            for index, ratio in zip(indices, ratios.unbind(), strict=True):
-                rows_of.setdefault(index, []).append(ratio)
-        return {names[index]: rows[0] if len(rows) == 1 else torch.stack(rows) for index, rows in sorted(rows_of.items())}
+            rows = rows_of(scalars, sq_norms)
+            left = rule.leaves(sq_norms) if guarded else None
+            for skipped in (left, skip):
+                if skipped is not None:
+                    rows = torch.where(skipped if rows.dim() == skipped.dim() else skipped.unsqueeze(-1), torch.nan, rows)
+            for index, row in zip(indices, rows.unbind(), strict=True):
+                found.setdefault(index, []).append(row)
+        return {names[index]: rows[0] if len(rows) == 1 else torch.stack(rows) for index, rows in sorted(found.items())}
 
     @property
     def skipped_steps(self) -> Tensor:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import pickle
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 from torchlamb.convert import SOURCES, from_mindspore, to_adamw, to_lamb
+from torchlamb.files import write_whole
 
 _OURS, _MINDSPORE = "torchlamb", "mindspore"
 
@@ -87,7 +86,8 @@ def convert_file(old: Path, new: Path, source: str, key: str | None, arguments: 
         raise ValueError(f"{old}: {error}") from error
     for note in notes:
         sys.stderr.write(f"{note.message}\n")
-    _write(converted if key is None else {**content, key: converted}, new)
+    whole = converted if key is None else {**content, key: converted}
+    write_whole(new, lambda file: torch.save(whole, file), replace=False)
 
 
 def _converted(inner: Any, source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,19 +136,6 @@ def _read_npz(path: Path) -> dict[str, Any]:
             return dict(arrays)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is truncated, or no file of numpy.savez: {error}") from error
-
-
-def _write(content: Any, path: Path) -> None:
-    """Write under another name, sync, and rename."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(name, path)  # unlike a rename, never over what has come there meanwhile
-    finally:
-        os.unlink(name)
 
 
 def _argument(text: str) -> tuple[str, Any]:
