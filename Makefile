@@ -10,9 +10,10 @@ LINUX := $(filter Linux,$(shell uname))
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 	$(patsubst %,tests/test_%.py,gpu_kernels rule precision guard sharding)
 NEWEST_TRITON := 3.9.0
+FRESH := build/fresh
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
-.PHONY: demo test test-all test-slow check bench sanitize clean
+.PHONY: demo test test-all test-slow check bench dist sanitize clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/digits.py
@@ -24,7 +25,7 @@ test: .venv/test.stamp
 test-all: test test-slow
 
 # What `test` leaves out, and the GPU's kernels with the newest Triton.
-test-slow: .venv/ecosystem.stamp $(if $(LINUX),.venv/triton.stamp)
+test-slow: .venv/all.stamp $(if $(LINUX),.venv/triton.stamp)
 	$(BIN)/python -m pytest -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/test_gpu.py -m "not slow")
@@ -38,6 +39,21 @@ check: .venv/test.stamp
 bench: .venv/test.stamp
 	$(BIN)/python benchmarks/step_time.py
 
+# The sdist, and the wheel that is built from it, in dist/; then the tests against the installed wheel, in an environment of its own.
+# The same commit gives the same bytes.
+dist: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct)
+dist: .venv/all.stamp
+	rm -rf build/dist dist $(FRESH)
+	$(BIN)/python -m build --outdir build/dist .
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	TORCHLAMB_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -m slow tests/test_dist.py
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip install -q -c constraints.txt torch
+	$(FRESH)/bin/python -m pip install -q -c constraints.txt "$$(echo dist/*.whl)[demo,test]"
+	cd $(FRESH) && bin/python -c 'import torchlamb; assert torchlamb.__file__.startswith("$(CURDIR)/$(FRESH)"), torchlamb.__file__'
+	cd $(FRESH) && bin/python -m pytest -c $(CURDIR)/pyproject.toml -m "not slow" $(CURDIR)/tests
+
 # The kernels with the address and undefined behaviour sanitizers, on every combination of dtypes and options.
 sanitize: .venv/test.stamp
 	cmake -S src/torchlamb/backends/csrc -B build/sanitized -DTORCHLAMB_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
@@ -45,9 +61,9 @@ sanitize: .venv/test.stamp
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python tests/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
 
-# What the library is used with: Hugging Face, Lightning, TensorBoard.
-.venv/ecosystem.stamp: .venv/test.stamp
-	$(PIP) install -q -c constraints.txt -e '.[ecosystem]'
+# What the library is used with (Hugging Face, Lightning, TensorBoard), and what makes distributions.
+.venv/all.stamp: .venv/test.stamp
+	$(PIP) install -q -c constraints.txt -e '.[ecosystem,dist]'
 	@touch $@
 
 # Triton alone, before the one that torch was made with.
