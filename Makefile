@@ -45,7 +45,7 @@ dist: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct)
 dist: .venv/all.stamp
 	rm -rf build/dist dist $(FRESH)
 	$(BIN)/python -m build --outdir build/dist .
-	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --wheel-dir dist build/dist/*.whl
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m auditwheel repair --wheel-dir dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist
 	TORCHLAMB_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -m slow tests/test_dist.py
 	$(PYTHON) -m venv $(FRESH)

@@ -31,7 +31,9 @@ def dist(tmp_path_factory):
     run = {"check": True, "timeout": 250, "capture_output": True}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run([sys.executable, "-m", "build", "--outdir", built, ROOT], **run)
-    subprocess.run(["auditwheel", "repair", "--wheel-dir", repaired, *built.glob("*.whl")], env=environment, **run)
+    subprocess.run(
+        [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", repaired, *built.glob("*.whl")], env=environment, **run
+    )
     for sdist in built.glob("*.tar.gz"):
         sdist.rename(repaired / sdist.name)
     return repaired
