@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import (
+    BACKEND_PARAMS,
     BACKENDS_AND_SEEDS,
     DEFAULTS,
     DTYPES,
@@ -133,3 +134,15 @@ def test_layouts(case, dtype, layout, options, seed, monkeypatch, record_share):
     use(monkeypatch, case)
     reference, params = run(case, dtype, layout, options, seed)
     record_share(case.name, str(dtype), check(reference, params, dtype))
+
+
+@pytest.mark.parametrize("case", BACKEND_PARAMS)
+def test_without_momentum_the_first_moment_is_the_gradient(case, monkeypatch):
+    """Also where the gradient is much smaller than the one before."""
+    use(monkeypatch, case)
+    param = torch.nn.Parameter(torch.linspace(1, 2, 100))
+    optimizer = torchlamb.Lamb([param], betas=(0.0, 0.9), **case.options)
+    for scale in (1.0, 1e-4):
+        param.grad = torch.linspace(0.1, 0.7, 100) * scale
+        optimizer.step()
+    assert torch.equal(optimizer.state[param]["exp_avg"], param.grad)

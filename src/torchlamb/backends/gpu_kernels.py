@@ -291,7 +291,8 @@ def _accumulate(table, rows, row, chunk, kinds: tl.constexpr, numbers, partials,
         m = _read(exp_avg, lanes, count, FULL)
         v = _read(exp_avg_sq, lanes, count, FULL)
         if kinds.grad_averaging:
-            m = m + numbers.grad_weight * (g - m)
+            # From the one that weighs more, or the digits of a gradient are lost beside a moment that is hardly kept.
+            m = tl.where(numbers.beta1 <= 0.5, g - numbers.beta1 * (g - m), m + numbers.grad_weight * (g - m))
         else:
             m = numbers.beta1 * m + g
         v = numbers.beta2 * v + numbers.grad_sq_weight * (g * g)

@@ -82,16 +82,19 @@ inline float square_root(float x) { return std::sqrt(x); }
 struct Rule {
   // Copies: what is stored through a float pointer could change the originals, as far as the compiler can tell.
   const float factor, beta1, beta2, grad_weight, grad_sq_weight, eps, k, decay;
-  const bool averages, decays;
+  const bool averages, from_grad, decays;
 
   Rule(const Scalars& s, const RowNumbers& numbers)
       : factor(s.grad_factor), beta1(s.beta1), beta2(s.beta2), grad_weight(s.grad_weight), grad_sq_weight(s.grad_sq_weight),
-        eps(numbers.eps), k(numbers.k), decay(s.weight_decay), averages(s.flags & GRAD_AVERAGING), decays(decay != 0.0f) {}
+        eps(numbers.eps), k(numbers.k), decay(s.weight_decay), averages(s.flags & GRAD_AVERAGING), from_grad(beta1 <= 0.5f),
+        decays(decay != 0.0f) {}
 
   template <class V>
   void advance(V grad, V& exp_avg, V& exp_avg_sq) const {
     grad *= factor;
-    exp_avg = averages ? exp_avg + grad_weight * (grad - exp_avg) : beta1 * exp_avg + grad;
+    // From the one that weighs more, or the digits of a gradient are lost beside a moment that is hardly kept.
+    if (averages) exp_avg = from_grad ? grad - beta1 * (grad - exp_avg) : exp_avg + grad_weight * (grad - exp_avg);
+    else exp_avg = beta1 * exp_avg + grad;
     exp_avg_sq = beta2 * exp_avg_sq + grad_sq_weight * (grad * grad);
   }
 
