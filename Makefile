@@ -13,7 +13,7 @@ NEWEST_TRITON := 3.9.0
 FRESH := build/fresh
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
-.PHONY: demo test test-all test-slow check bench dist sanitize clean
+.PHONY: demo test test-all test-slow check bench docs dist sanitize clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/digits.py
@@ -39,6 +39,10 @@ check: .venv/test.stamp
 bench: .venv/test.stamp
 	$(BIN)/python benchmarks/step_time.py
 
+# The pages of docs/ as a site in build/docs. Every warning is an error: a link that leads nowhere, a page that no other names.
+docs: .venv/docs.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
 # The sdist, and the wheel that is built from it, in dist/; then the tests against the installed wheel, in an environment of its own.
 # The same commit gives the same bytes.
 dist: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct)
@@ -60,6 +64,10 @@ sanitize: .venv/test.stamp
 	cmake --build build/sanitized
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python tests/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
+
+.venv/docs.stamp: .venv/torch.stamp
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # What the library is used with (Hugging Face, Lightning, TensorBoard), and what makes distributions.
 .venv/all.stamp: .venv/test.stamp

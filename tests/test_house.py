@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -178,17 +179,73 @@ def test_examples_in_documents(path, tmp_path, monkeypatch):
         exec(compile(block, str(path), "exec"), namespace)
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(path: Path) -> set[str]:
+    """Headings as links name them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_in_documents():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^):]+)\)", path.read_text()):
+            file, _, anchor = target.partition("#")
+            found = path.parent / file if file else path
+            assert found.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(found), f"{path.name}: {target}"
+
+
+def test_links_to_other_sites_are_whole():
+    """There may be no network: what they lead to is not looked up."""
+    for path in PAGES:
+        for target in re.findall(r"\]\((\w+:[^)]*)\)", path.read_text()):
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[\w./#%~-]*)?", target), f"{path.name}: {target}"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", path.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "diff")], ids=lambda path: path.name)
+def test_the_new_side_of_diffs(path):
+    """Each runs with a model and groups of its own, and with those packages that are installed."""
+    model = torch.nn.Linear(4, 2)
+    namespace = {"torch": torch, "torchlamb": torchlamb, "model": model, "net": model}
+    namespace["decayed"], namespace["others"] = [model.weight], [model.bias]
+    for block in blocks(path, "diff"):
+        namespace["groups"] = namespace.get("groups") or [{"params": list(model.parameters())}]
+        new = [line[1:] for line in block.splitlines() if not line.startswith("-")]
+        if any("torchlamb.mindspore" in line for line in new):
+            namespace["net"] = type("Net", (), {"trainable_params": lambda: mindspore.nn.trainable_params(model)})
+        exec(compile("\n".join(new), str(path), "exec"), namespace)
+        assert any("Lamb" in line or "groups" in line for line in new)
+
+
+def test_commands_in_documents_exist():
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    for path in PAGES:
+        for line in "\n".join(blocks(path, "sh")).splitlines():
+            command = re.sub(r"^(\w+=\S+ )+", "", line.split("#")[0].strip())
+            if command.startswith("make "):
+                assert {word for word in command.split()[1:] if "=" not in word} <= targets, f"{path.name}: {line}"
+            for file in re.findall(r"(?:python|torchrun)\b.*?([\w/]+\.py)\b", command):
+                assert (ROOT / file).exists(), f"{path.name}: {line}"
+            for module in re.findall(r"python -m (torchlamb[\w.]*)", command):
+                assert importlib.util.find_spec(f"{module}.__main__"), f"{path.name}: {line}"
 
 
 def test_readme_names_the_commands_of_the_makefile():
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
-    assert {"demo", "test", "test-all", "test-slow", "check", "bench", "clean"} <= targets
+    assert {"demo", "test", "test-all", "test-slow", "check", "bench", "docs", "dist", "clean"} <= targets
     readme = (ROOT / "README.md").read_text()
     assert "make demo" in readme
     assert "make test" in readme
     run = (ROOT / ".ci" / "run").read_text()
-    assert [line for line in run.splitlines() if line.startswith("make")] == ["make check", "make test", "make test-slow"]
+    assert [line for line in run.splitlines() if line.startswith("make")] == [
+        "make check",
+        "make test",
+        "make test-slow",
+        "make docs",
+    ]
