@@ -18,6 +18,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types of torch and Python: their pages are on the network
 
 html_theme = "furo"
+pygments_style = "default"  # diffs in red and green
 html_title = f"torchlamb {version}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
