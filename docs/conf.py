@@ -26,7 +26,6 @@ html_copy_source = False
 html_show_copyright = False
 
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header", "misc.highlighting_failure"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature would be longer than what it says; Args says it in words
