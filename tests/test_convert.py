@@ -23,6 +23,7 @@ import torchlamb
 import torchlamb.mindspore
 from torchlamb.convert import SOURCES, from_mindspore, lr_factor, to_adamw, to_lamb
 from torchlamb.convert.__main__ import convert_file
+from torchlamb.files import write_whole
 
 STATES = Path(__file__).parent / "golden" / "states"
 # The name of the file, and what the warning says of it.
@@ -31,10 +32,10 @@ RUNS = {
     "timm_adapts": None,
     "apex": None,
     "apex_mixed_precision": None,
-    "deepspeed": r"lr_factor\('deepspeed'\)",
+    "deepspeed": r"lr_factor\('deepspeed', start=steps\)",
     "torch_optimizer": None,
-    "torch_optimizer_debias": r"lr_factor\('torch_optimizer'\)",
-    "pytorch_optimizer": r"\+ eps.*lr_factor\('pytorch_optimizer'\)",
+    "torch_optimizer_debias": r"lr_factor\('torch_optimizer', start=steps\)",
+    "pytorch_optimizer": r"\+ eps.*lr_factor\('pytorch_optimizer', start=steps\)",
     "adam": "tune it again",
     "adamw": "tune it again",
 }
@@ -42,6 +43,19 @@ RUNS = {
 
 # In float64: 1e-13, but for a lr that is a float32 tensor, and for an eps in the ratio, which ours leaves out.
 TOLERANCES = {"apex_mixed_precision": 2e-8, "pytorch_optimizer": 1e-7}
+
+
+# Of a constructor, other than by default, so that what a state leaves unsaid would be seen; blocks cannot divide all of them.
+OTHERWISE = {
+    "bias_correction": False,
+    "layer_adaptation": False,
+    "grad_averaging": False,
+    "phi_bounds": (0.5, 0.6),
+    "trust_ratio_bounds": (0.5, 0.6),
+    "grad_centralization": True,
+    "max_grad_norm": 0.01,
+    "maximize": True,
+}
 
 
 def saved(name):
@@ -60,21 +74,25 @@ def converted(run, note=None):
 
 
 def go_on(run, state_dict, has_factor, dtype):
-    """Return the parameters after the second half, with Lamb from the converted state."""
+    """Return the parameters after the second half, with Lamb from the converted state.
+
+    It is constructed with options that differ from the defaults: those that the rule depends on must come from the state.
+    """
     params = [nn.Parameter(p.to(dtype)) for p in run["params"]]
-    optimizer = torchlamb.Lamb([{"params": params[:2]}, {"params": params[2:]}])
+    adam = run["source"].startswith("adam")  # whose states do not say whether to adapt
+    options = {"layer_adaptation": False} if adam else OTHERWISE
+    optimizer = torchlamb.Lamb([{"params": params[:2]}, {"params": params[2:]}], **options)
     optimizer.load_state_dict(state_dict)
-    factor = lr_factor(run["source"], optimizer.param_groups[0]["betas"]) if has_factor else lambda _: 1.0
-    if run["source"].startswith("adam"):
-        for group in optimizer.param_groups:
-            group["layer_adaptation"] = False
-    lrs = [group["lr"] for group in optimizer.param_groups]
-    for t, grads in enumerate(run["grads"], start=int(optimizer.state[params[0]]["step"])):
-        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr * factor(t)
+    steps = int(optimizer.state[params[0]]["step"])
+    factor = lr_factor(run["source"], optimizer.param_groups[0]["betas"], start=steps) if has_factor else lambda _: 1.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for grads in run["grads"]:
         for p, grad in zip(params, grads, strict=False):  # the last one has none
             p.grad = grad.to(dtype)
         optimizer.step()
+        scheduler.step()
     return [p.detach() for p in params]
 
 
@@ -193,9 +211,29 @@ def test_options_of_pytorch_optimizer():
 def test_one_max_grad_norm_for_all_groups():
     state_dict = saved("timm")["state_dict"]
     state_dict["param_groups"][1]["max_grad_norm"] = 2.0
-    with pytest.warns(UserWarning, match="several max_grad_norm; the first one's"):
+    with pytest.warns(UserWarning, match="several max_grad_norm.*the first group's"):
         groups = to_lamb(state_dict, "timm")["param_groups"]
     assert [group["max_grad_norm"] for group in groups] == [1.0, 1.0]
+
+
+def test_the_max_grad_norm_of_the_constructor():
+    """By which timm and Apex clip, whatever their groups say."""
+    run = saved("timm")
+    groups = to_lamb(change_timm(max_grad_norm=2.0), "timm", {"max_grad_norm": 1.0})["param_groups"]
+    assert [group["max_grad_norm"] for group in groups] == [1.0, 1.0]
+    for argument in (None, float("inf")):
+        groups = to_lamb(run["state_dict"], "timm", {"max_grad_norm": argument})["param_groups"]
+        assert [group["max_grad_norm"] for group in groups] == [None, None]
+    with pytest.raises(ValueError, match=r"max_grad_norm is 0\.0, by which gradients would be divided"):
+        to_lamb(change_timm(max_grad_norm=0.0), "timm")
+
+
+def test_a_clamp_value_of_0_is_adam():
+    """All its norms are 0, and a ratio with a norm of 0 is 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = to_lamb(saved("torch_optimizer")["state_dict"], "torch_optimizer", {"clamp_value": 0})["param_groups"]
+    assert all(group["layer_adaptation"] is False and group["phi_bounds"] is None for group in groups)
 
 
 def test_masters():
@@ -252,6 +290,15 @@ def without(state_dict, *path):
             r"of state\[0\] .* must be tensors of one shape, got \(2,\)",
         ),
         (lambda d: d["state"][0].update(exp_avg=3) or d, "must be tensors of one shape, got int"),
+        (lambda d: {**d, "state": [1]}, "must be a dict and a list, got a list and a list"),
+        (lambda d: {**d, "param_groups": 3}, "must be a dict and a list, got a dict and a int"),
+        (lambda d: {**d, "param_groups": [3]}, r"param_groups\[0\] of state_dict must be a dict, got a int"),
+        (lambda d: d["param_groups"][0].update(betas=0.9) or d, "betas of param_groups must be two numbers, got 0.9"),
+        (lambda d: d["param_groups"][0].update(lr="fast") or d, "must each be one number, got 'fast'"),
+        (lambda d: d["param_groups"][0].update(lr=torch.ones(2)) or d, "must each be one number, got tensor"),
+        (lambda d: d["param_groups"][1].update(eps=-1.0) or d, r"param_groups\[1\] of timm.optim.Lamb has no counterpart.*eps"),
+        (lambda _: {"state.fc.weight.exp_avg": 1}, "get it again without flatten_optimizer_state_dict"),
+        (lambda _: torchlamb.Lamb([torch.ones(2)]).state_dict(), "is of torchlamb.Lamb already; load it as it is"),
     ],
 )
 def test_what_is_not_whole_is_refused(make, message):
@@ -272,11 +319,14 @@ def test_names_that_are_not_known():
 
 def test_before_the_first_step():
     fresh = torch.optim.AdamW([nn.Parameter(torch.ones(2))], weight_decay=0.0).state_dict()
-    with pytest.warns(UserWarning, match="tune it again"):
-        state_dict = to_lamb(fresh, "adamw")
-    optimizer = torchlamb.Lamb([nn.Parameter(torch.ones(2))])
-    optimizer.load_state_dict(state_dict)
-    assert not optimizer.state
+    for state in ({}, {0: {}}):  # an optimizer's state is a defaultdict: looking at it makes an empty one
+        with pytest.warns(UserWarning, match="tune it again"):
+            state_dict = to_lamb({**fresh, "state": state}, "adamw")
+        optimizer = torchlamb.Lamb([nn.Parameter(torch.ones(2))])
+        optimizer.load_state_dict(state_dict)
+        assert not optimizer.state
+        with pytest.warns(UserWarning, match="tune lr"):
+            assert not to_adamw({**optimizer.state_dict(), "state": state})["state"]
 
 
 # Back to AdamW
@@ -405,6 +455,21 @@ def test_mindspore_arrays_that_are_not_whole(change, message):
         from_mindspore(arrays)
 
 
+def test_mindspore_arrays_of_bf16_and_read_only_ones():
+    arrays, wide = mindspore_arrays(), mindspore_arrays()["lamb_m.fc.bias"]
+    arrays["lamb_v.fc.bias"].setflags(write=False)
+    arrays["lamb_m.fc.bias"] = types.SimpleNamespace(dtype="bfloat16", astype=wide.astype)  # as ml_dtypes' arrays are
+    with pytest.warns(UserWarning, match="betas"):
+        state_dict = from_mindspore(arrays)
+    state = state_dict["state"][state_dict["param_groups"][0]["param_names"].index("fc.bias")]
+    assert np.array_equal(state["exp_avg"], wide)
+    state["exp_avg_sq"].zero_()
+    assert arrays["lamb_v.fc.bias"].any()
+    arrays["lamb_m.fc.bias"] = np.array(["a", "b"])
+    with pytest.raises(ValueError, match="arrays has one of dtype <U1; make it float32 first"):
+        from_mindspore(arrays)
+
+
 def test_mindspore_like_another_model():
     unnamed = torchlamb.Lamb(mindspore_net().parameters())
     with pytest.raises(ValueError, match="like has no 'param_names'"):
@@ -430,7 +495,7 @@ def test_the_command(tmp_path):
     torch.save({"optimizer": run["state_dict"], "epoch": 3}, tmp_path / "old.pt")
     done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "deepspeed", "--key", "optimizer")
     assert (done.returncode, done.stdout) == (0, "")
-    assert "lr_factor('deepspeed')" in done.stderr
+    assert "lr_factor('deepspeed', start=steps)" in done.stderr
     new = torch.load(tmp_path / "new.pt", weights_only=True)
     assert new["epoch"] == 3
     assert largest_difference(run, go_on(run, new["optimizer"], True, torch.float64)) <= 1e-13
@@ -438,6 +503,71 @@ def test_the_command(tmp_path):
     done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "deepspeed", "--key", "optimizer")
     assert done.returncode == 1
     assert "new.pt exists; remove it" in done.stderr
+
+
+def convert_saved(content, path, *, key=None, source="deepspeed", arguments=None):
+    """Save it, convert the file, and return what the new one holds."""
+    new = path.with_name("new.pt")
+    torch.save(content, path)
+    convert_file(path, new, source, key, arguments or {})
+    new_content = torch.load(new, weights_only=True)
+    new.unlink()
+    return new_content
+
+
+@pytest.mark.parametrize("key", [None, "optimizer", "engines.1.optimizer"])
+def test_masters_in_files(key, tmp_path):
+    """DeepSpeed keeps them beside the optimizer's state dict; an optimizer that goes on without them would lose digits."""
+    run = saved("deepspeed")
+    fp32_groups = [[p.float() + 1 for p in run["params"][:2]], [p.float() + 1 for p in run["params"][2:]]]
+    content = {"optimizer_state_dict": run["state_dict"], "fp32_groups": fp32_groups}
+    for name in reversed(key.split(".") if key else ()):
+        content = [0, content] if name.isdigit() else {name: content, "epoch": 3}
+    new = convert_saved(content, tmp_path / "old.pt", key=key)
+    for name in key.split(".") if key else ():
+        assert name.isdigit() or new["epoch"] == 3
+        new = new[int(name) if name.isdigit() else name]
+    assert torch.equal(new["state"][1]["master"], fp32_groups[0][1])
+    assert all(group["master_weights"] for group in new["param_groups"])
+    inside = "optimizer_state_dict" if key is None else f"{key}.optimizer_state_dict"
+    with pytest.raises(ValueError, match="lies beside fp32_groups, the masters: leave --key out, or its last part"):
+        convert_saved(content, tmp_path / "old.pt", key=inside)
+
+
+def test_a_checkpoint_of_lightning(tmp_path):
+    """Its suffix is MindSpore's, and its state dicts are in a list."""
+    run, path = saved("adamw"), tmp_path / "last.ckpt"
+    content = {"optimizer_states": [run["state_dict"]], "epoch": 3}
+    with pytest.raises(ValueError, match=r"state dict in optimizer_states.0: give --key optimizer_states.0$"):
+        convert_saved(content, path, source="adamw")
+    with pytest.raises(ValueError, match=r"no entry 'optimizer_states.1'"):
+        convert_saved(content, path, source="adamw", key="optimizer_states.1")
+    new = convert_saved(content, path, source="adamw", key="optimizer_states.0")
+    assert new["epoch"] == 3
+    assert largest_difference(run, go_on(run, new["optimizer_states"][0], False, torch.float64)) <= 1e-13
+
+
+@pytest.mark.parametrize(("name", "source"), [("timm.pt", "timm"), ("mindspore.npz", "mindspore")])
+def test_damaged_files_are_refused_or_harmless(name, source, tmp_path):
+    """An error is one that says what is wrong with the file, wherever the damage is."""
+    whole, generator = (STATES / name).read_bytes(), torch.Generator().manual_seed(0)
+    old, new = tmp_path / name, tmp_path / "new.pt"
+    refused = []
+    for _ in range(100):
+        damaged, at = bytearray(whole), torch.randint(len(whole), (20,), generator=generator).tolist()
+        for i in at:
+            damaged[i] ^= 0xFF
+        old.write_bytes(damaged[: max(at)] if at[0] % 2 else damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                convert_file(old, new, source, "state_dict" if source == "timm" else None, {})
+            new.unlink()
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert all(name in message for message in refused)
+    assert not new.exists()
 
 
 def test_files_of_all_kinds(tmp_path):
@@ -477,7 +607,7 @@ def test_a_ckpt_is_read_by_mindspore(tmp_path, monkeypatch):
         ("truncated.pt", "timm", None, "is truncated, or no file of torch.save"),
         ("text.pt", "timm", None, "more in it than tensors and plain values, or is no file"),
         ("bomb.pt", "timm", None, "more in it than tensors and plain values"),
-        ("wrapped.pt", "timm", None, "one in 'optim': give --key optim"),
+        ("wrapped.pt", "timm", None, "state dict in optim: give --key optim"),
         ("wrapped.pt", "timm", "optimizer", "no entry 'optimizer': it has"),
         ("timm.pt", "apex", None, "unlike one of apex.optimizers.FusedLAMB.*'timm'"),
         ("truncated.npz", "mindspore", None, "is truncated, or no file of numpy.savez"),
@@ -510,13 +640,29 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def no_space(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        convert_file(tmp_path / "timm.pt", tmp_path / "new.pt", "timm", None, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["timm.pt"]
+    for what in ("os.fsync", "torchlamb.files.sync"):  # of the file, and of the directory
+        with monkeypatch.context() as patch:
+            patch.setattr(what, no_space)
+            with pytest.raises(OSError, match="No space left"):
+                convert_file(tmp_path / "timm.pt", tmp_path / "new.pt", "timm", None, {})
+        assert [path.name for path in tmp_path.iterdir()] == ["timm.pt"]
 
 
-@pytest.mark.parametrize("argument", ["use_nvlamb", "use_nvlamb=open('x')"])
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    torch.save(saved("timm")["state_dict"], tmp_path / "timm.pt")
+    convert_file(tmp_path / "timm.pt", tmp_path / "new.pt", "timm", None, {})
+    before = (tmp_path / "new.pt").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt", "timm.pt"]
+    with pytest.raises(FileExistsError, match=r"new\.pt exists; remove it"):  # one that came while it was written
+        write_whole(tmp_path / "new.pt", lambda file: file.write(b"other"), replace=False)
+    assert (tmp_path / "new.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("argument", ["use_nvlamb", "use_nvlamb=open('x')", "use_nvlamb=[1]"])
 def test_arguments_of_the_command(argument, tmp_path):
     torch.save(saved("apex")["state_dict"], tmp_path / "old.pt")
     done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "apex", "--argument", argument)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def only(dist: Path, pattern: str) -> Path:
 def test_names(dist):
     assert only(dist, "*.tar.gz").name == f"torchlamb-{torchlamb.__version__}.tar.gz"
     name = only(dist, "*.whl").name
-    assert re.fullmatch(rf"torchlamb-{re.escape(torchlamb.__version__)}-py3-none-manylinux_2_\d+_x86_64\.whl", name), name
+    assert re.fullmatch(
+        rf"torchlamb-{re.escape(torchlamb.__version__)}-py3-none-manylinux_2_\d+_{platform.machine()}\.whl", name
+    ), name
 
 
 def test_the_sdist_has_what_is_needed_and_no_more(dist):

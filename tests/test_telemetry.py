@@ -217,6 +217,10 @@ def test_what_is_no_record(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"loss": 1.0}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* is no row of Telemetry"):
         read(tmp_path / "other.jsonl")
+    for text in ("lr: 0.1\nmomentum: 0.9\n", '{"step": null, "skipped_steps": 0, "layers": {}}\n', "\x89PNG\n"):
+        (tmp_path / "other.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.jsonl (has no row of|is no row of) Telemetry"):
+            read(tmp_path / "other.jsonl")
     with pytest.raises(ValueError, match="rows have no trust ratio"):
         plot([], tmp_path / "plot.png")
     with pytest.raises(FileNotFoundError):

@@ -179,3 +179,11 @@ def test_relative_steps_of_wrong_ones(wrong):
     assert_relative_step(Eager([params(1), params(1e3)], weight_decay=decay, **settings))
     with pytest.raises(AssertionError, match=r"moved by .*, not by lr \* \|param\|"):
         assert_relative_step(Eager([params(1), params(1e3)], weight_decay=decay, wrong=wrong, **settings))
+
+
+def test_a_relative_step_that_says_nothing():
+    """A gradient of 0 leaves nothing to divide by, and alone must not pass."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.zeros(3)
+    with pytest.raises(AssertionError, match="nothing to check"):
+        assert_relative_step(torchlamb.Lamb([p], lr=0.1))

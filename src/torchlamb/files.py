@@ -14,7 +14,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: boo
 
     Raises:
         FileExistsError: the file is there and is not to be replaced
-        OSError: it cannot be written; nothing is left then, and what was there before stays
+        OSError: it cannot be written. Nothing is left then, and what was there before stays; after a replacement, only that
+            the new name survives a crash is not certain
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -26,11 +27,28 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: boo
         if replace:
             os.replace(name, path)
         else:
-            os.link(name, path)  # unlike a rename, never over what has come there meanwhile
+            _name(name, path)
     finally:
         if os.path.exists(name):
             os.unlink(name)
-    sync(path.parent)
+    try:
+        sync(path.parent)
+    except OSError:
+        if not replace:
+            path.unlink()
+        raise
+
+
+def _name(name: str, path: Path) -> None:
+    """Give a file a name that no other has."""
+    try:
+        os.link(name, path)  # unlike a rename, never over what has come there meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(f"{path} exists; remove it, or choose another name") from None
+        os.rename(name, path)
 
 
 def sync(path: Path) -> None:

@@ -144,18 +144,22 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         5.0
     """
     rows: list[Row] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    cut: list[int] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError:
-            if line:
-                warnings.warn(f"line {number} of {path} is cut off; it is passed over", stacklevel=2)
+            cut += [number] if line else []
             continue
-        if not isinstance(row, dict) or not {"step", "skipped_steps", "layers"} <= row.keys():
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not {"skipped_steps", "layers"} <= row.keys():
             raise ValueError(f"line {number} of {path} is no row of Telemetry: {line[:60]!r}")
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
         rows.append(row)
+    if cut and not rows:
+        raise ValueError(f"{path} has no row of Telemetry; its first line is cut off, or it is another file")
+    for number in cut:
+        warnings.warn(f"line {number} of {path} is cut off; it is passed over", stacklevel=2)
     return rows
 
 
@@ -247,10 +251,11 @@ def _append(path: Path, row: Row) -> None:
 
 
 def _log_ratio(numbers: Row | None) -> float:
-    """Return the logarithm of a layer's ratio, of the mean of its blocks."""
+    """Return the logarithm of a layer's ratio, or of the mean over those of its blocks that stepped."""
     ratio = None if numbers is None else numbers["trust_ratio"]
     if isinstance(ratio, list):
-        ratio = None if None in ratio else sum(ratio) / len(ratio)
+        stepped = [one for one in ratio if one is not None]
+        ratio = sum(stepped) / len(stepped) if stepped else None
     return math.log10(ratio) if ratio else math.nan
 
 

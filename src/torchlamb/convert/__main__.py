@@ -10,8 +10,7 @@ import ast
 import pickle
 import sys
 import warnings
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=[*SOURCES, _MINDSPORE, _OURS],
         help=f"whose state it is; {_OURS} is converted to torch.optim.AdamW's",
     )
-    parser.add_argument("--key", help="the entry of OLD that is the optimizer's state dict; the others are kept as they are")
+    parser.add_argument(
+        "--key",
+        help="the entry of OLD that is the optimizer's state dict, as optimizer or optimizer_states.0; the others are kept",
+    )
     parser.add_argument(
         "--argument",
         action="append",
@@ -66,18 +68,9 @@ def convert_file(old: Path, new: Path, source: str, key: str | None, arguments: 
     """
     if new.exists():
         raise FileExistsError(f"{new} exists; remove it, or choose another name")
-    content = {".ckpt": _read_ckpt, ".npz": _read_npz}.get(old.suffix, _read)(old)
-    inner = content
-    if key is not None:
-        if not isinstance(content, Mapping) or key not in content:
-            raise ValueError(f"{old} has no entry {key!r}: {_entries(content)}")
-        inner = content[key]
-    elif isinstance(content, Mapping) and "param_groups" not in content:
-        inside = [name for name, entry in content.items() if isinstance(entry, Mapping) and "param_groups" in entry]
-        if inside:
-            raise ValueError(
-                f"{old} has no optimizer's state dict of its own, and one in {inside[0]!r}: give --key {inside[0]}"
-            )
+    readers = {".ckpt": _read_ckpt, ".npz": _read_npz} if source == _MINDSPORE else {}
+    content = readers.get(old.suffix, _read)(old)
+    inner = _entry(content, [] if key is None else key.split("."), old)
     try:
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
@@ -86,8 +79,53 @@ def convert_file(old: Path, new: Path, source: str, key: str | None, arguments: 
         raise ValueError(f"{old}: {error}") from error
     for note in notes:
         sys.stderr.write(f"{note.message}\n")
-    whole = converted if key is None else {**content, key: converted}
+    whole = converted if key is None else _replaced(content, key.split("."), converted)
     write_whole(new, lambda file: torch.save(whole, file), replace=False)
+
+
+def _entry(content: Any, path: Sequence[str], old: Path) -> Any:
+    """Return the entry of a checkpoint that the path leads to, or say where there are state dicts."""
+    inner = content
+    for name in path:
+        if isinstance(inner, Mapping) and "fp32_groups" in inner:
+            raise ValueError(f"{name!r} of {old} lies beside fp32_groups, the masters: leave --key out, or its last part")
+        if isinstance(inner, Mapping) and name in inner:
+            inner = inner[name]
+        elif isinstance(inner, (list, tuple)) and name.isdigit() and int(name) < len(inner):
+            inner = inner[int(name)]
+        else:
+            raise ValueError(f"{old} has no entry {'.'.join(path)!r}: {_entries(inner)}")
+    if not _is_state_dict(inner):
+        inside = list(_state_dicts(inner))
+        if inside:
+            start = "".join(f"{name}." for name in path)
+            raise ValueError(f"{old} has an optimizer's state dict in {start}{inside[0]}: give --key {start}{inside[0]}")
+    return inner
+
+
+def _is_state_dict(content: Any) -> bool:
+    """Return whether it is an optimizer's, or DeepSpeed's wrapper with one and the masters."""
+    return isinstance(content, Mapping) and (
+        "param_groups" in content or {"optimizer_state_dict", "fp32_groups"} <= content.keys()
+    )
+
+
+def _state_dicts(content: Any) -> Iterator[str]:
+    """Yield where in a checkpoint there are some, up to two levels down."""
+    for name, entry in content.items() if isinstance(content, Mapping) else ():
+        if _is_state_dict(entry):
+            yield str(name)
+        elif isinstance(entry, (list, tuple)):
+            yield from (f"{name}.{i}" for i, one in enumerate(entry) if _is_state_dict(one))
+
+
+def _replaced(content: Any, path: Sequence[str], new: Any) -> Any:
+    """Return the checkpoint with another entry there."""
+    if not path:
+        return new
+    if isinstance(content, Mapping):
+        return {**content, path[0]: _replaced(content[path[0]], path[1:], new)}
+    return [_replaced(one, path[1:], new) if i == int(path[0]) else one for i, one in enumerate(content)]
 
 
 def _converted(inner: Any, source: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,13 +141,13 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is empty")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is truncated, or no file of torch.save: {error}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} has more in it than tensors and plain values, or is no file of torch.save. If you trust who wrote it, "
             "load it with weights_only=False, and save what torchlamb.convert.to_lamb makes of the optimizer's state dict"
         ) from error
+    except Exception as error:  # of damaged files, of any kind
+        raise ValueError(f"{path} is truncated, or no file of torch.save: {error}") from error
 
 
 def _read_ckpt(path: Path) -> Any:
@@ -122,7 +160,7 @@ def _read_ckpt(path: Path) -> Any:
         ) from error
     try:
         return load_checkpoint(str(path))
-    except ValueError as error:
+    except Exception as error:  # of damaged files, of any kind
         raise ValueError(f"{path} is truncated, or no checkpoint of MindSpore: {error}") from error
 
 
@@ -134,7 +172,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of damaged files, of any kind
         raise ValueError(f"{path} is truncated, or no file of numpy.savez: {error}") from error
 
 
@@ -143,9 +181,12 @@ def _argument(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"--argument must be NAME=VALUE, got {text!r}")
     try:
-        return name, ast.literal_eval(value)
+        parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        raise ValueError(f"--argument {name} must be a number, True or False, got {value!r}") from None
+        parsed = value
+    if parsed is not None and not isinstance(parsed, (bool, int, float)):
+        raise ValueError(f"--argument {name} must be a number, True, False or None, got {value!r}")
+    return name, parsed
 
 
 def _entries(content: Any) -> str:

@@ -80,8 +80,8 @@ def from_mindspore(arrays: Mapping[str, Any], like: Mapping[str, Any] | None = N
 def _group(arrays: Mapping[str, Any], names: list[str], step: int) -> dict[str, Any]:
     if _LR not in arrays:
         raise ValueError(
-            f"arrays has no {_LR!r}, because it was a schedule; construct the optimizer with that, and give its "
-            "state dict as like"
+            f"arrays has no {_LR!r}, because it was a schedule, or groups had their own; construct the optimizer with those, "
+            "and give its state dict as like"
         )
     rates = _tensor(arrays[_LR]).reshape(-1)
     lr = float(rates[min(step, len(rates) - 1)])
@@ -102,4 +102,10 @@ def _moments(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def _tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array
-    return torch.as_tensor(array.asnumpy() if hasattr(array, "asnumpy") else array)
+    array = array.asnumpy() if hasattr(array, "asnumpy") else array
+    if str(getattr(array, "dtype", "")) == "bfloat16":  # which NumPy does not know by itself
+        array = array.astype("float32")
+    try:
+        return torch.tensor(array)
+    except TypeError as error:
+        raise ValueError(f"arrays has one of dtype {getattr(array, 'dtype', type(array))}; make it float32 first") from error

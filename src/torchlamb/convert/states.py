@@ -21,6 +21,7 @@ StateDict = dict[str, Any]
 # Of a group of Lamb: all options, and those whose absence in AdamW changes what is computed.
 _OPTIONS = set(inspect.signature(Lamb).parameters) - {"params"}
 _WITHOUT_COUNTERPART = ("phi_bounds", "trust_ratio_bounds", "grad_centralization", "max_grad_norm", "skip_nonfinite")
+_REMEDY = "give what its state_dict() returned"
 _OURS = Source(
     "torchlamb.Lamb",
     ("layer_adaptation", "phi_bounds", "blocks", "grad_averaging", "max_grad_norm"),
@@ -41,8 +42,9 @@ def to_lamb(state_dict: Mapping[str, Any], source: str, arguments: Mapping[str, 
         source: "adam", "adamw", "apex" (FusedLAMB), "apex_mixed_precision" (FusedMixedPrecisionLamb), "deepspeed"
             (FusedLamb), "pytorch_optimizer", "timm" or "torch_optimizer"
         arguments: what was given to its constructor and is not in its state dicts: `use_nvlamb` and `adam_w_mode` of Apex,
-            `eps_inside_sqrt` of DeepSpeed, `clamp_value`, `adam` and `debias` of torch_optimizer, `pre_norm` and `maximize` of
-            pytorch_optimizer. None for its defaults (default: None)
+            `max_grad_norm` of Apex and timm where that of their groups is another, `eps_inside_sqrt` of DeepSpeed,
+            `clamp_value`, `adam` and `debias` of torch_optimizer, `pre_norm` and `maximize` of pytorch_optimizer. None for its
+            defaults (default: None)
 
     Returns:
         A state dict with the same parameters in the same groups.
@@ -78,22 +80,27 @@ def to_lamb(state_dict: Mapping[str, Any], source: str, arguments: Mapping[str, 
     inner, masters = _unwrapped(state_dict)
     _check(inner, peer)
     state: dict[Any, dict[str, Any]] = {}
-    groups, notes = [], []
+    groups: list[dict[str, Any]] = []
+    notes: list[str] = []
     for group in inner["param_groups"]:
         options, differences = peer.translate({"decoupled_weight_decay": source == "adamw", **group}, given)
         notes += differences
-        groups.append({**{k: v for k, v in group.items() if k not in peer.consumed}, **_common(group), **options})
         if masters:
-            groups[-1]["master_weights"] = True
+            options["master_weights"] = True
+        _check_options({**_common(group), **options}, len(groups), peer)
+        groups.append({**{k: v for k, v in group.items() if k not in peer.consumed}, **_common(group), **options})
         for key in group["params"]:
-            if key in inner["state"]:
+            if inner["state"].get(key):
                 old = inner["state"][key]
                 step = group["step"] if peer.step_in == "group" else old["step"]
                 state[key] = {"step": _step(step), "exp_avg": old["exp_avg"], "exp_avg_sq": old["exp_avg_sq"]}
                 if key in masters:
                     state[key]["master"] = masters[key]
     if len({group.get("max_grad_norm") for group in groups}) > 1:
-        notes.append("its groups have several max_grad_norm; the first one's is taken for all")
+        notes.append(
+            "its groups have several max_grad_norm, and it clips by the one of its constructor alone: give that as an "
+            "argument; the first group's is taken"
+        )
         for group in groups:
             group["max_grad_norm"] = groups[0]["max_grad_norm"]
     if notes:
@@ -140,7 +147,7 @@ def to_adamw(state_dict: Mapping[str, Any]) -> StateDict:
         notes += [] if group["bias_correction"] else ["AdamW always corrects the bias of its moments"]
         notes += [f"{name} has no counterpart" for name in _WITHOUT_COUNTERPART if group[name]]
         for key in group["params"]:
-            if key in state_dict["state"]:
+            if state_dict["state"].get(key):
                 old = state_dict["state"][key]
                 if "exp_avg" in old:
                     first = old["exp_avg"] if beta3 == 1.0 else old["exp_avg"] * beta3
@@ -176,21 +183,43 @@ def _check(state_dict: Any, peer: Source) -> None:
     """Raise for the first thing that a state dict of that optimizer does not have."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         got = f"a dict with {list(state_dict)[:6]}" if isinstance(state_dict, Mapping) else f"a {type(state_dict).__name__}"
-        raise ValueError(f"state_dict must have 'state' and 'param_groups', got {got}; give what its state_dict() returned")
+        flat = isinstance(state_dict, Mapping) and any(str(key).startswith("state.") for key in state_dict)
+        remedy = "get it again without flatten_optimizer_state_dict" if flat else _REMEDY
+        raise ValueError(f"state_dict must have 'state' and 'param_groups', got {got}; {remedy}")
     state = state_dict["state"]
+    if not isinstance(state, Mapping) or not isinstance(state_dict["param_groups"], (list, tuple)):
+        got = f"a {type(state).__name__} and a {type(state_dict['param_groups']).__name__}"
+        raise ValueError(f"'state' and 'param_groups' of state_dict must be a dict and a list, got {got}; {_REMEDY}")
     for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping):
+            raise ValueError(f"param_groups[{i}] of state_dict must be a dict, got a {type(group).__name__}; {_REMEDY}")
+        if peer is not _OURS and "layer_adaptation" in group:
+            raise ValueError(f"param_groups[{i}] of state_dict is of torchlamb.Lamb already; load it as it is")
         keys = group.get("params", [])
         states = [(key, state[key]) for key in keys if state.get(key)]
         found = "group" if "step" in group else "state" if any("step" in s for _, s in states) else None
         wanted = (*COMMON, *peer.group_keys, *(("step",) if states and peer.step_in == "group" else ()))
         missing = [name for name in wanted if name not in group]
         likely = [name for name in looks_like(group, found) if SOURCES[name] is not peer]
-        if missing or (likely and len(SOURCES[likely[0]].group_keys) > len(peer.group_keys)):
-            what = f"has no {missing[0]!r}" if missing else f"has {SOURCES[likely[0]].group_keys[-1]!r}"
+        strange = [name for name in peer.absent if name in group]
+        if missing or strange or (likely and len(SOURCES[likely[0]].group_keys) > len(peer.group_keys)):
+            what = (
+                f"has no {missing[0]!r}"
+                if missing
+                else f"has {(*strange, *[SOURCES[name].group_keys[-1] for name in likely])[0]!r}"
+            )
             remedy = f"; it looks like one of {' or '.join(map(repr, likely))}" if likely else ""
             raise ValueError(f"param_groups[{i}] of state_dict {what}, unlike one of {peer.title}: {sorted(group)}{remedy}")
         for key, entry in states:
             _check_entry(entry, f"state[{key!r}] of state_dict", peer)
+
+
+def _check_options(options: Mapping[str, Any], i: int, peer: Source) -> None:
+    """Raise if Lamb would refuse what a group was translated to."""
+    try:
+        Lamb([torch.zeros(1)], **{name: value for name, value in options.items() if name in _OPTIONS})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"param_groups[{i}] of {peer.title} has no counterpart in Lamb: {error}") from error
 
 
 def _check_entry(entry: Mapping[str, Any], name: str, peer: Source) -> None:
@@ -207,12 +236,18 @@ def _check_entry(entry: Mapping[str, Any], name: str, peer: Source) -> None:
 
 def _common(group: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: _plain(group[name]) for name in ("lr", "eps", "weight_decay")}
-    beta1, beta2 = group["betas"]
+    try:
+        beta1, beta2 = group["betas"]
+    except (TypeError, ValueError):
+        raise ValueError(f"betas of param_groups must be two numbers, got {group['betas']!r}; {_REMEDY}") from None
     return {"params": list(group["params"]), "betas": (float(beta1), float(beta2)), **plain}
 
 
 def _plain(value: Any) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)
+    try:
+        return float(value.item() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"lr, eps, weight_decay and step must each be one number, got {value!r}; {_REMEDY}") from None
 
 
 def _step(value: Any) -> Tensor:
