@@ -2,13 +2,24 @@
 
 `Lamb` is the optimizer, `param_groups` sorts a model's parameters for it, `testing` holds what can be asserted of any LAMB,
 `checkpoint` saves and loads runs, `convert` takes over those of other optimizers, `telemetry` records what steps did to layers.
+`recipes` has settings that others converge with, and a rule between batch sizes; `noise_scale` measures how large to make them.
 """
 
 from importlib.metadata import version as _version
 
-from torchlamb import checkpoint, convert, telemetry, testing
+from torchlamb import checkpoint, convert, noise_scale, recipes, telemetry, testing
 from torchlamb.groups import param_groups
 from torchlamb.lamb import Lamb
 
-__all__ = ["Lamb", "__version__", "checkpoint", "convert", "param_groups", "telemetry", "testing"]
+__all__ = [
+    "Lamb",
+    "__version__",
+    "checkpoint",
+    "convert",
+    "noise_scale",
+    "param_groups",
+    "recipes",
+    "telemetry",
+    "testing",
+]
 __version__ = _version("torchlamb")

@@ -164,6 +164,40 @@ def _lie_apart(param: Any, grad: Any) -> bool:
     return is_dtensor(param) and grad._spec is not param._spec and grad._spec.placements != param._spec.placements
 
 
+def total_over_shards(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the total of one number (0-dim) for each parameter, over all shards of the whole tensors.
+
+    The numbers are sums over this process's shards, on one device. Give all parameters on every process, in one order: which
+    collectives there are follows from them alone, one all-reduce for each process group.
+    """
+    of_groups: dict[Groups, list[Tensor]] = {}
+    for param, number in sums:
+        of_groups.setdefault(_groups_of(param), []).append(number)
+    total = torch.zeros_like(sums[0][1])
+    for groups, numbers in of_groups.items():
+        part = torch.stack(numbers).sum()
+        for group in groups:
+            torch.distributed.all_reduce(part, group=group)
+        total = total + part
+    return total
+
+
+def mean_over(number: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the mean of a tensor over the processes of a group."""
+    total = number.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total / group.size()
+
+
+def _groups_of(param: Any) -> Groups:
+    """Return the process groups over which shards of a parameter are added."""
+    if not is_dtensor(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements
+    # Not "is a Shard": _StridedShard, which FSDP2 over tensor parallelism gives, is no subclass of it.
+    return tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1)
+
+
 @dataclass
 class _Entry:
     """What is remembered of one parameter: how to tell that it is still the same, and where its rows stand."""
@@ -290,13 +324,11 @@ class Plan:
             return
         self.is_sharded = True
         mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-        # Not "is a Shard": _StridedShard, which FSDP2 over tensor parallelism gives, is no subclass of it.
-        dims = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
-        if not dims:
+        entry.groups = _groups_of(param)
+        if not entry.groups:
             return
-        entry.groups = tuple(mesh.get_group(i) for i in dims)
         entry.first_row, entry.rows = self.rows, blocks
-        if blocks > 1 and any(placements[i].dim == 0 for i in dims):
+        if blocks > 1 and any(getattr(p, "dim", None) == 0 and mesh.size(i) > 1 for i, p in enumerate(placements)):
             entry.cuts = _cuts(param, blocks)
         if keyed:
             entry.place = Place(tuple(param.shape), tuple(_start(param, dim) for dim in range(param.dim())))
