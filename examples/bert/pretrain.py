@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 examples/bert/pretrain.py --shard fsdp2 --out out/bert-fsdp2
     python examples/bert/pretrain.py --help
 
-The loop is in `train`; how the optimizer is made, in `make_optimizer`. SIGTERM saves and leaves; --resume goes on from there, on
-any number of processes.
+The loop is in `train`; how the optimizer is made, in `make_optimizer`. SIGTERM saves and leaves; --resume goes on from there,
+on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import sys
@@ -57,7 +58,7 @@ class Run:
     corpus: Corpus
     device: torch.device
     model: nn.Module  # as it is called: wrapped, with DDP
-    progress: dict[str, Any]  # step, samples, loss_sum, loss_count
+    progress: dict[str, Any]  # step, samples, and the losses of the steps since the last line of metrics
 
     @property
     def rank(self) -> int:
@@ -76,7 +77,7 @@ def main() -> int:
         settings, digest, checkpoint = on_first(prepare)
         corpus = cached(digest, settings.cache)
         model = build_model(settings, corpus, device)
-        run = Run(settings, corpus, device, model, {"step": 0, "samples": 0, "loss_sum": 0.0, "loss_count": 0})
+        run = Run(settings, corpus, device, model, {"step": 0, "samples": 0, "losses": []})
         if run.rank == 0:
             print(describe(run), flush=True)
         for phase in settings.phases:
@@ -88,8 +89,9 @@ def main() -> int:
         return leave(f"error: {error}", 2)
     except Terminated as end:
         return leave(str(end), TERMINATED if stop.is_set else 0)
-    except OSError as error:
-        return leave(f"error: {error}", 1)
+    except OSError as error:  # it may be this process's alone: the others end when it has gone
+        print(f"error: {error}; make room, and go on with --resume", file=sys.stderr, flush=True)
+        os._exit(1)
     return leave("", 0)
 
 
@@ -145,34 +147,42 @@ def make_optimizer(run: Run, phase: Phase) -> tuple[torch.optim.Optimizer, Lambd
     return optimizer, LambdaLR(optimizer, recipe.lr_factor)
 
 
+def begin(run: Run, phase: Phase) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+    """Return a phase's optimizer, and by name what else has a state."""
+    optimizer, scheduler = make_optimizer(run, phase)
+    parts: dict[str, Any] = {"scheduler": scheduler}
+    if run.settings.noise_scale:
+        group = dist.group.WORLD if run.settings.shard == "ddp" else None
+        parts["noise_scale"] = NoiseScale(unwrapped(run.model).parameters(), process_group=group)
+    return optimizer, parts
+
+
 def train(run: Run, phase: Phase, checkpoint: Path | None, stop: StopFlag) -> None:
     """Take the steps of a phase that are left, on this process's share of each batch."""
     settings, progress = run.settings, run.progress
-    optimizer, scheduler = make_optimizer(run, phase)
-    parts: dict[str, Any] = {"scheduler": scheduler}
-    if settings.noise_scale:
-        own = dist.group.WORLD if settings.shard == "ddp" else None
-        parts["noise_scale"] = NoiseScale(unwrapped(run.model).parameters(), process_group=own)
+    optimizer, parts = begin(run, phase)
     if checkpoint is not None:
         resume(run, checkpoint, optimizer, parts)
+        if progress["step"] == phase.first:  # the phase before has ended with it: its weights are all that counts
+            optimizer, parts = begin(run, phase)
     metrics = Metrics(run, phase, optimizer)
     torch.manual_seed(settings.seed + 1000 * progress["step"] + run.rank)  # of dropout
     batches = iter(samples_of(run, phase, first=progress["step"] - phase.first))
     with stop, metrics:
         while progress["step"] < phase.last:
             loss = accumulate_gradients(run, batches, parts.get("noise_scale"))
-            metrics.before_step()
-            if settings.optimizer == "adamw":
-                nn.utils.clip_grad_norm_(run.model.parameters(), settings.recipe_of(phase).max_grad_norm or float("inf"))
-            optimizer.step()
-            metrics.after_step()
+            with metrics.optimizing():
+                if settings.optimizer == "adamw":  # Lamb clips by itself
+                    nn.utils.clip_grad_norm_(run.model.parameters(), settings.recipe_of(phase).max_grad_norm or float("inf"))
+                optimizer.step()
             optimizer.zero_grad()
-            scheduler.step()
+            parts["scheduler"].step()
             progress["step"] += 1
             progress["samples"] += settings.batch_size
             metrics.record(loss, parts.get("noise_scale"))
             stopping = stop.on_any() or progress["step"] == settings.stop_at
             if stopping or progress["step"] % settings.save_every == 0 or progress["step"] == phase.last:
+                metrics.gather_losses()
                 save(run, optimizer, parts)
             if stopping and progress["step"] < settings.phases[-1].last:
                 raise Terminated(f"Saved after {progress['step']} of {settings.phases[-1].last} steps; go on with --resume")
@@ -217,11 +227,11 @@ def held_out_loss(run: Run, phase: Phase) -> float:
     """Return the mean loss on sequences that training does not see; the same number of them on every process."""
     samples = MaskedSequences(run.corpus, phase.length, run.settings.seed, held_out=True)
     size, processes = run.settings.micro_batch_size, dist.get_world_size()
-    count = max(1, min(HELD_OUT_SAMPLES, len(samples)) // size)
+    count = max(1, min(HELD_OUT_SAMPLES, samples.count) // size)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     run.model.eval()
     for i in range(count):
-        numbers = [n % len(samples) for n in range(i * size, (i + 1) * size)]
+        numbers = [n % samples.count for n in range(i * size, (i + 1) * size)]
         columns = zip(*(samples[n] for n in numbers), strict=True)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
             total += run.model(*(torch.stack(column).to(run.device) for column in columns)) / count
@@ -307,7 +317,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(settings.out / "tensorboard"), purge_step=step)
-        self.loss_sum = torch.tensor(run.progress["loss_sum"], dtype=torch.float64, device=run.device)
+        self.losses: list[Tensor] = []  # of this process, of the steps that run.progress has not
         self.in_optimizer, self.began, self.since = 0.0, clock(), step
 
     def __enter__(self) -> None:
@@ -318,30 +328,33 @@ class Metrics:
         if self.board is not None:
             self.board.close()
 
-    def before_step(self) -> None:
-        self.started = clock()
-
-    def after_step(self) -> None:
-        self.in_optimizer += clock() - self.started
+    @contextlib.contextmanager
+    def optimizing(self) -> Iterator[None]:
+        """Measure how long the optimizer takes."""
+        self.lr, started = self.optimizer.param_groups[0]["lr"], clock()
+        yield
+        self.in_optimizer += clock() - started
 
     def record(self, loss: Tensor, noise_scale: NoiseScale | None) -> None:
         """Note a step's loss; write what has come together at every `log_every`-th step, and at the last."""
         progress, step = self.run.progress, self.run.progress["step"]
-        self.loss_sum += loss
-        progress["loss_count"] += 1
+        self.losses.append(loss)
         if self.telemetry is not None:
             self.telemetry.step()
-        is_logged = step % self.run.settings.log_every == 0 or step == self.phase.last
-        saves = step % self.run.settings.save_every == 0 or step == self.run.settings.stop_at
-        if is_logged:
-            dist.all_reduce(self.loss_sum)
-            mean = float(self.loss_sum) / dist.get_world_size() / progress["loss_count"]
-            self.write(mean, noise_scale)
-            self.loss_sum.zero_()
-            progress["loss_count"] = 0
+        if step % self.run.settings.log_every == 0 or step == self.phase.last:
+            self.gather_losses()
+            self.write(math.fsum(progress["losses"]) / len(progress["losses"]), noise_scale)
+            progress["losses"] = []
             self.in_optimizer, self.began, self.since = 0.0, clock(), step
         self.bar.update(1)
-        del saves
+
+    def gather_losses(self) -> None:
+        """Move losses, as means over all processes, to where they are saved."""
+        if self.losses:
+            losses = torch.stack(self.losses)
+            dist.all_reduce(losses)
+            self.run.progress["losses"] += (losses / dist.get_world_size()).tolist()
+            self.losses = []
 
     def write(self, loss: float, noise_scale: NoiseScale | None) -> None:
         step, seconds = self.run.progress["step"], clock() - self.began
@@ -350,7 +363,7 @@ class Metrics:
             "phase": self.phase.number,
             "samples": self.run.progress["samples"],
             "loss": loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr,
             "tokens_per_second": round((step - self.since) * self.run.settings.batch_size * self.phase.length / seconds),
             "optimizer_share": round(self.in_optimizer / seconds, 4),
         }
