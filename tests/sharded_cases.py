@@ -52,6 +52,7 @@ from torch.distributed.tensor.parallel import (
 import torchlamb
 from torchlamb import checkpoint
 from torchlamb.mindspore import nn as front
+from torchlamb.noise_scale import NoiseScale
 from torchlamb.sharding import local
 
 Case = Callable[[int], None]
@@ -1195,6 +1196,34 @@ def what_cannot_be_saved_or_loaded_raises_on_every_process(world: int) -> None:
         checkpoint.load(folder, other, torchlamb.Lamb(torchlamb.param_groups(other, weight_decay=0.1)))
     assert checkpoint.load(folder, model, optimizer) == {"step": 3}
     assert_states(whole_state(model, optimizer), wanted, 0.0)
+
+
+@case(2, 4)
+def the_noise_scale_is_that_of_whole_gradients(world: int) -> None:
+    """Under FSDP2 beside plain parameters, and with gradients that differ between processes until the end of a step."""
+    torch.manual_seed(0)
+    whole, sharded = Net(), Net()
+    sharded.load_state_dict(whole.state_dict())
+    fsdp(sharded, mesh_of(world))
+    plain = nn.Parameter(torch.zeros(3))
+    scales = [NoiseScale([*model.parameters(), plain]) for model in (whole, sharded)]
+    for i, samples in enumerate((4, 16)):
+        plain.grad = torch.full((3,), 0.5 + i)
+        for p, shard in zip(whole.parameters(), sharded.parameters(), strict=True):
+            p.grad = torch.randn(p.shape)
+            shard.grad = like(p.grad, shard)
+        with collectives(1):
+            scales[1].micro_batch(samples, of=16) if i == 0 else scales[1].step(samples)
+        scales[0].micro_batch(samples, of=16) if i == 0 else scales[0].step(samples)
+    wanted = scales[0].state_dict()["averages"]
+    assert scales[1].state_dict()["averages"] == pytest.approx(wanted, rel=1e-6)
+    own = NoiseScale([plain], process_group=dist.group.WORLD)
+    plain.grad = torch.full((3,), 1.0 + dist.get_rank())
+    own.micro_batch(1, of=1)
+    plain.grad = torch.full((3,), 0.5)
+    own.step(2)
+    small = 3 * sum((1.0 + rank) ** 2 for rank in range(world)) / world
+    assert own.noise == pytest.approx((small - 0.75) / 0.5, rel=1e-6)
 
 
 def main() -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from loading import load_script
+from loading import load_script, run_script
 
 from torchlamb import checkpoint
 
@@ -26,33 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups 
 
 
 def run(*flags: object, processes: int, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the example to its end; 0 processes are one without torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
-    command = [str(part) for part in (sys.executable, *launcher, SCRIPT, *flags)]
-    # What started pytest may itself be one of several processes: its rank is none of the example's business.
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-    environment = {key: value for key, value in os.environ.items() if key not in ranks} | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", start_new_session=True
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=LIMIT)
-    finally:
-        end(process)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """End it and what it started: torchrun gives every process a session of its own, and ends them when it is told to."""
-    try:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(timeout=40)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return run_script(SCRIPT, *flags, processes=processes, cwd=cwd, limit=LIMIT)
 
 
 def finished(*flags: object, processes: int, cwd: Path) -> list[str]:

@@ -143,7 +143,9 @@ class MaskedSequences(Dataset):
                 f"--corpus has {len(corpus.ids)} tokens, too few for two sequences of --seq-len {length}; give more text, or a "
                 "smaller --seq-len"
             )
-        self.first = whole - self.held_out if held_out else 0  # the end of the text is held out
+        # Which sequences are held out does not follow from the seed: no run has seen those of another.
+        shuffled = torch.randperm(whole, generator=torch.Generator().manual_seed(0))
+        self.sequences = shuffled[: self.held_out] if held_out else shuffled[self.held_out :]
         self.is_held_out = held_out
         self.masked = max(1, round(MASKED_SHARE * content))
         self.cls, self.sep, self.mask = (corpus.tokenizer.token_to_id(token) for token in (CLS, SEP, MASK))
@@ -151,7 +153,7 @@ class MaskedSequences(Dataset):
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         content = self.length - 2
-        start = (self.first + self._place(number)) * content
+        start = int(self.sequences[self._place(number)]) * content
         original = self.corpus.ids[start : start + content].long()
         generator = torch.Generator().manual_seed(_hash(self.seed, self.length, self.is_held_out, number))
         places = torch.randperm(content, generator=generator)[: self.masked]

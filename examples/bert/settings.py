@@ -62,7 +62,7 @@ class Settings:
     phase2_seq_len: int = 128
     optimizer: Literal["lamb", "adamw"] = "lamb"
     recipe: Literal["own", "mlperf", "nvidia"] = "own"
-    """Learning rate and schedule: tried here on the tiny model, or published for BERT-large; carried to the batch size by rule."""
+    """Learning rate and schedule, carried to the batch size by rule: tried here on the tiny model, or published for BERT-large."""
     lr: float | None = None
     """Peak of the learning rate, instead of the recipe's."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -167,8 +167,8 @@ def check(settings: Settings, processes: int) -> Settings:
         )
     if s.noise_scale and own == micro:
         raise UsageError(
-            f"--noise-scale compares a micro-batch with the batch, and each process has one micro-batch of {micro}; give a smaller "
-            "--micro-batch-size"
+            f"--noise-scale compares a micro-batch with the batch, and each process has one micro-batch of {micro}; give a "
+            "smaller --micro-batch-size"
         )
     for name in ("samples", "phase2_samples"):
         if 0 < getattr(s, name) < s.batch_size:
@@ -208,14 +208,15 @@ def check_resumed(settings: Settings, saved: dict[str, Any], tokenizer: str) -> 
     """Raise UsageError if a checkpoint is of another run."""
     for name, value in settings.same_run().items():
         if saved["settings"].get(name) != value:
+            before = saved["settings"].get(name)
             raise UsageError(
-                f"--resume: {settings.out} was made with {flag(name)} {saved['settings'].get(name)}, and now it is {value}; give "
-                "the same, or name another --out"
+                f"--resume: {settings.out} was made with {flag(name)} {before}, and now it is {value}; give the same, or name "
+                "another --out"
             )
     if saved["corpus"] != tokenizer:
         raise UsageError(
-            f"--resume: {settings.out} was made with another corpus or tokenizer; give the same --corpus and --vocab-size, or name "
-            "another --out"
+            f"--resume: {settings.out} was made with another corpus or tokenizer; give the same --corpus and --vocab-size, or "
+            "name another --out"
         )
 
 
