@@ -145,7 +145,7 @@ def test_two_phases_resume_at_their_border_and_within(home):
         assert losses(home / f"phases{stop}") == losses(home / "phases")
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--precision", "bf16"], ["--dropout", 0.1]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--optimizer", "adamw"], ["--precision", "bf16"], ["--dropout", "0.1"]], ids=" ".join)
 def test_other_settings_resume_exactly(home, flags):
     name = "".join(map(str, flags))
     finished(*flags, "--out", name, cwd=home)

@@ -1,4 +1,4 @@
-"""The noise scale of a problem where it is known: estimators have no bias at any batch sizes. Shards are in sharded_cases.py."""
+"""The noise scale of a problem where it is known: estimators have no bias at any batch size. Shards are in sharded_cases.py."""
 
 from __future__ import annotations
 

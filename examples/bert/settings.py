@@ -62,7 +62,7 @@ class Settings:
     phase2_seq_len: int = 128
     optimizer: Literal["lamb", "adamw"] = "lamb"
     recipe: Literal["own", "mlperf", "nvidia"] = "own"
-    """Learning rate and schedule, carried to the batch size by rule: tried here on the tiny model, or published for BERT-large."""
+    """Learning rate and schedule, carried to the batch size by rule: of the tiny model here, or published for BERT-large."""
     lr: float | None = None
     """Peak of the learning rate, instead of the recipe's."""
     precision: Literal["fp32", "bf16"] = "fp32"
