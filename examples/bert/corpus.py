@@ -155,7 +155,7 @@ class MaskedSequences(Dataset):
         content = self.length - 2
         start = int(self.sequences[self._place(number)]) * content
         original = self.corpus.ids[start : start + content].long()
-        generator = torch.Generator().manual_seed(_hash(self.seed, self.length, self.is_held_out, number))
+        generator = torch.Generator().manual_seed(hash_of(self.seed, self.length, self.is_held_out, number))
         places = torch.randperm(content, generator=generator)[: self.masked]
         fate = torch.rand(self.masked, generator=generator)
         other = torch.randint(len(SPECIAL), self.corpus.vocab_size, (self.masked,), generator=generator)
@@ -170,7 +170,7 @@ class MaskedSequences(Dataset):
         if self.is_held_out:
             return index
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_hash(self.seed, epoch))
+            generator = torch.Generator().manual_seed(hash_of(self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
         return int(self._order[index])
 
@@ -196,7 +196,8 @@ class Share:
         return len(self.steps) * self.own // self.micro_batch_size
 
 
-def _hash(*numbers: int) -> int:
+def hash_of(*numbers: int) -> int:
+    """Return a seed that follows from numbers."""
     return int.from_bytes(hashlib.blake2b(json.dumps(numbers).encode(), digest_size=7).digest(), "little")
 
 

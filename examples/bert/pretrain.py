@@ -27,7 +27,7 @@ from typing import Any
 try:
     import torch
     import torch.distributed as dist
-    from corpus import IGNORED, Corpus, CorpusError, MaskedSequences, Share, cached, load, write_whole
+    from corpus import IGNORED, Corpus, CorpusError, MaskedSequences, Share, cached, hash_of, load, write_whole
     from report import plot_metrics
     from settings import Phase, Settings, UsageError, check, check_resumed, parse
     from torch import Tensor, nn
@@ -166,7 +166,6 @@ def train(run: Run, phase: Phase, checkpoint: Path | None, stop: StopFlag) -> No
         if progress["step"] == phase.first:  # the phase before has ended with it: its weights are all that counts
             optimizer, parts = begin(run, phase)
     metrics = Metrics(run, phase, optimizer)
-    torch.manual_seed(settings.seed + 1000 * progress["step"] + run.rank)  # of dropout
     batches = iter(samples_of(run, phase, first=progress["step"] - phase.first))
     with stop, metrics:
         while progress["step"] < phase.last:
@@ -195,6 +194,7 @@ def accumulate_gradients(run: Run, batches: Iterator[list[Tensor]], noise_scale:
     """Take a step's micro-batches of this process, and return their mean loss."""
     settings, processes = run.settings, dist.get_world_size()
     count = settings.batch_size // processes // settings.micro_batch_size
+    torch.manual_seed(hash_of(settings.seed, run.progress["step"], run.rank))  # of dropout: nothing else is random here
     total = torch.zeros((), device=run.device)
     for i in range(count):
         ids, places, targets = (part.to(run.device, non_blocking=True) for part in next(batches))
