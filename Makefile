@@ -13,10 +13,14 @@ NEWEST_TRITON := 3.9.0
 FRESH := build/fresh
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
-.PHONY: demo test test-all test-slow check bench docs dist sanitize clean
+.PHONY: demo bert test test-all test-slow check bench docs dist sanitize clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/digits.py
+
+# BERT-tiny on the source of Python's standard library. Stopped, it goes on where it was: out/bert has its checkpoints.
+bert: .venv/bert.stamp
+	$(BIN)/python examples/bert/pretrain.py --trust-ratios --noise-scale $(if $(wildcard out/bert/checkpoints/*),--resume)
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not slow"
@@ -97,6 +101,10 @@ clean:
 
 .venv/demo.stamp: .venv/torch.stamp
 	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	@touch $@
+
+.venv/bert.stamp: .venv/torch.stamp
+	$(PIP) install -q -c constraints.txt -e '.[bert]'
 	@touch $@
 
 .venv/test.stamp: .venv/torch.stamp

@@ -245,9 +245,10 @@ def test_commands_in_documents_exist():
 
 def test_readme_names_the_commands_of_the_makefile():
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
-    assert {"demo", "test", "test-all", "test-slow", "check", "bench", "docs", "dist", "clean"} <= targets
+    assert {"demo", "bert", "test", "test-all", "test-slow", "check", "bench", "docs", "dist", "clean"} <= targets
     readme = (ROOT / "README.md").read_text()
     assert "make demo" in readme
+    assert "make bert" in readme
     assert "make test" in readme
     run = (ROOT / ".ci" / "run").read_text()
     assert [line for line in run.splitlines() if line.startswith("make")] == [

@@ -84,6 +84,8 @@ def main() -> int:
             if checkpoint is None or phase.last > torchlamb.checkpoint.more_of(checkpoint)["progress"]["step"]:
                 train(run, phase, checkpoint, stop)
                 checkpoint = None
+        if checkpoint is not None and run.rank == 0:
+            print(f"All steps were taken before; for another run, name another --out than {settings.out}")
         finish(run)
     except (UsageError, CorpusError) as error:
         return leave(f"error: {error}", 2)
