@@ -18,19 +18,12 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 from torchlamb import rule
 from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import is_small, sort_into_buckets, squares_without_grad
-from torchlamb.guard import Record, guard, is_guarded, note_
+from torchlamb.guard import guard, is_guarded, note_
+from torchlamb.last_step import LastStep
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
 from torchlamb.sharding import Plan, Rows, check_guard_is_global, make_local_, why_flat
 from torchlamb.state import Storage, adopt, check_loaded, check_state
-
-
-class _LastStep:
-    """What is told of steps. An object of its own: what a compiled step assigns to an optimizer itself is lost."""
-
-    # Of each bucket: indices, scalars, sq_norms (rows, 2), skip and is_guarded.
-    buckets: Sequence[tuple[list[int], Scalars, Tensor, Tensor | None, bool]] = ()
-    record: Record | None = None  # where steps can be skipped
 
 
 class Lamb(Optimizer):
@@ -161,7 +154,7 @@ class Lamb(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        self._last = _LastStep()
+        self._last = LastStep()
         self._plan: Plan | None = None
         self._began: list[tuple[int, int]] = []  # of each group: parameters, and dims of the first, when it was added
         super().__init__(params, check(defaults))
@@ -191,9 +184,7 @@ class Lamb(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         verdict = guard(work, plan, self.param_groups, scale, found_inf)
         sq_norms = [bucket.new_sq_norms() for _, bucket in work]
-        self._last.buckets = [
-            (b.indices, b.scalars, rows, b.skip, b.is_guarded) for (_, b), rows in zip(work, sq_norms, strict=True)
-        ]
+        self._last.begin(work, sq_norms)
         if verdict.skipped:
             if self._last.record is not None:
                 note_(self._last.record, verdict, ())
@@ -238,7 +229,7 @@ class Lamb(Optimizer):
             >>> list(optimizer.trust_ratios())
             ['weight']
         """
-        return self._of_last_step(lambda scalars, sq_norms: rule.trust_ratio(sq_norms, scalars))
+        return self._by_name(lambda scalars, sq_norms: rule.trust_ratio(sq_norms, scalars))
 
     def norms(self) -> dict[str | int, Tensor]:
         """Return the norms that each parameter's last step was scaled by: those of the parameter before it and of its update.
@@ -257,21 +248,11 @@ class Lamb(Optimizer):
             >>> optimizer.norms()["weight"]
             tensor([5.0000, 1.4142])
         """
-        return self._of_last_step(lambda _, sq_norms: sq_norms.sqrt())
+        return self._by_name(lambda _, sq_norms: sq_norms.sqrt())
 
-    def _of_last_step(self, rows_of: Callable[[Scalars, Tensor], Tensor]) -> dict[str | int, Tensor]:
-        """Return what follows from the sums of squares (rows, 2) by name: NaN where the step was skipped."""
+    def _by_name(self, rows_of: Callable[[Scalars, Tensor], Tensor]) -> dict[str | int, Tensor]:
         names = self._names()
-        found: dict[int, list[Tensor]] = {}
-        for indices, scalars, sq_norms, skip, guarded in self._last.buckets:
-            rows = rows_of(scalars, sq_norms)
-            left = rule.leaves(sq_norms) if guarded else None
-            for skipped in (left, skip):
-                if skipped is not None:
-                    rows = torch.where(skipped if rows.dim() == skipped.dim() else skipped.unsqueeze(-1), torch.nan, rows)
-            for index, row in zip(indices, rows.unbind(), strict=True):
-                found.setdefault(index, []).append(row)
-        return {names[index]: rows[0] if len(rows) == 1 else torch.stack(rows) for index, rows in sorted(found.items())}
+        return {names[index]: rows for index, rows in self._last.by_parameter(rows_of).items()}
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -308,8 +289,8 @@ class Lamb(Optimizer):
             Names, where each parameter was given a name of its own, else positions in the optimizer. Empty where no step was
             skipped since this object was made or loaded, and where only the scaler saw what was not finite.
         """
-        record, names = self._last.record, self._names()
-        return [] if record is None else [names[i] for i in record.nonfinite.nonzero().flatten().tolist()]
+        names = self._names()
+        return [names[index] for index in self._last.nonfinite()]
 
     def _names(self) -> Sequence[Any]:
         """Return all parameters' names, or their positions where not each has a name of its own."""
@@ -391,7 +372,7 @@ class Lamb(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         prepare({p.device for group in self.param_groups for p in group["params"]})
-        self._last = _LastStep()
+        self._last = LastStep()
         self._plan = None
         self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])
         for group in self.param_groups:
@@ -450,7 +431,7 @@ class Lamb(Optimizer):
         """Fill seven empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
         if group is self.param_groups[0]:
             self._check_step()
-            self._last.record = self._new_record()
+            self._keep_record()
         record = self._last.record
         first = sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
         storage = Storage(group)
@@ -471,20 +452,13 @@ class Lamb(Optimizer):
             seeds.append(state["seed"] if storage.keeps_seed(p) else None)
         return False
 
-    def _new_record(self) -> Record | None:
-        """Return the record of skipped steps, brought up to date; None where none can be skipped."""
+    def _keep_record(self) -> None:
+        """Bring the record of skipped steps up to date, where steps can be skipped."""
         can_skip = any(is_guarded(group) or group["fused"] for group in self.param_groups)
-        if not can_skip and getattr(self, "found_inf", None) is None:
-            return None
-        old, skipped, count = self._last.record, self._shared_count(), sum(len(group["params"]) for group in self.param_groups)
-        if old is not None and old.skipped is skipped and len(old.nonfinite) == count:
-            return old
-        if skipped is None:
-            skipped = self.skipped_steps
-        nonfinite = torch.zeros(count, dtype=torch.bool, device=skipped.device)
-        if old is not None and len(old.nonfinite) < count:  # parameters were added, or else their positions have changed
-            nonfinite[: len(old.nonfinite)] = old.nonfinite
-        return Record(skipped, nonfinite)
+        if can_skip or getattr(self, "found_inf", None) is not None:
+            self._last.keep_record(self.skipped_steps, sum(len(group["params"]) for group in self.param_groups))
+        else:
+            self._last.record = None
 
     def _shared_count(self) -> Tensor | None:
         return next((state["skipped"] for state in self.state.values() if "skipped" in state), None)
