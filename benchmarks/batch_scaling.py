@@ -380,6 +380,8 @@ def format_cell(results: dict[Job, Result], name: str, size: int, lr: float) -> 
     losses = losses_at(results, name, size, lr)
     if not losses:
         return f"{lr:.4g} | not measured"
+    if not math.isfinite(max(losses)):
+        return f"{lr:.4g} | diverged"
     spread = f" +- {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
     return f"{lr:.4g} | {statistics.fmean(losses):.3f}{spread}"
 

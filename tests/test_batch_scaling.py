@@ -67,6 +67,12 @@ def test_every_contestant_trains(study, optimizer, monkeypatch):
     assert result.test_loss < 4.0  # of 128 characters: 4.85 for one that knows nothing
 
 
+def test_cells_of_runs_that_diverged(study):
+    results = {study.Job("SGD", 32, 2.0, seed): study.Result(math.inf, math.inf, 1.0) for seed in range(3)}
+    assert study.format_cell(results, "SGD", 32, 2.0) == "2 | diverged"
+    assert study.format_cell(results, "SGD", 32, 1.0) == "1 | not measured"
+
+
 def test_rows_survive(study, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "rows.csv")
     monkeypatch.setattr(study, "setting", lambda: {"task": "a task", "corpus": "a text"})
