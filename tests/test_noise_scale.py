@@ -91,6 +91,10 @@ def test_nan_before_it_is_known():
     scale.update(10.0, 1, 1.0, 4)  # the signal's estimate is -2
     assert scale.signal == pytest.approx(-2 / (1 - 0.95) * (1 - 0.95), rel=1e-12)
     assert math.isnan(scale.value)
+    scale = NoiseScale([linear()])
+    scale.update(1.0, 1, 2.0, 4)
+    assert scale.noise < 0 < scale.signal
+    assert math.isnan(scale.value)
 
 
 def test_state_survives():

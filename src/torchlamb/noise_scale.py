@@ -153,9 +153,9 @@ class NoiseScale:
 
     @property
     def value(self) -> float:
-        """The noise scale in samples; NaN while `signal` is not above 0, as it may be after few updates."""
-        signal = self.signal
-        return self.noise / signal if signal > 0 else math.nan
+        """The noise scale in samples; NaN while `noise` and `signal` are not both above 0, as it may be after few updates."""
+        noise, signal = self.noise, self.signal
+        return noise / signal if noise > 0 and signal > 0 else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, as plain numbers."""
