@@ -103,19 +103,22 @@ def test_a_killed_run_goes_on_with_the_same_losses(home):
     assert losses(home / "killed") == losses(home / "longer")
 
 
-def test_sigterm_saves_and_leaves(home):
-    flags = [*SMALL, "--samples", 32 * 100_000, "--out", "ended"]
-    process = start_script(SCRIPT, *flags, processes=0, cwd=home)
+@pytest.mark.parametrize("processes", [0, 2])
+def test_sigterm_saves_and_leaves(home, processes):
+    out = home / f"ended{processes}"
+    never = ["--samples", 32 * 100_000, "--save-every", 100_000]  # but for the signal, nothing is saved
+    shard = "ddp" if processes else "none"
+    process = start_script(SCRIPT, *SMALL, *never, "--shard", shard, "--out", out, processes=processes, cwd=home)
     try:
-        wait_for(lambda: is_under_way(home / "ended"), process)
+        wait_for(lambda: is_under_way(out), process)
         process.send_signal(signal.SIGTERM)
         stdout, _ = process.communicate(timeout=LIMIT)
     finally:
         end(process)
-    assert process.returncode == 128 + signal.SIGTERM
-    step = checkpoint.more_of(checkpoint.newest(home / "ended" / "checkpoints"))["progress"]["step"]
+    step = checkpoint.more_of(checkpoint.newest(out / "checkpoints"))["progress"]["step"]
     assert f"Saved after {step} of 100000 steps; go on with --resume" in stdout
-    assert step >= max(losses(home / "ended"))
+    assert step >= max(losses(out))
+    assert process.returncode == (128 + signal.SIGTERM if processes == 0 else 1)  # torchrun's own
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
