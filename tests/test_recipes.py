@@ -60,10 +60,10 @@ def test_the_page_has_the_same_table():
 
 
 def test_other_batch_sizes_are_scaled_from_the_nearest():
-    recipe = recipes.mlperf_bert(2048)  # 1536 is nearer than 3072, by ratio
-    assert recipe.lr == pytest.approx(2e-3 * math.sqrt(2048 / 1536), rel=1e-15)
-    assert (recipe.betas, recipe.total_steps) == ((0.66, 0.996), round(2254 * 1536 / 2048))
-    assert "scaled from batch size 1536" in recipe.note
+    recipe = recipes.mlperf_bert(2200)  # 3072 is nearer than 1536 by ratio, though not by difference
+    assert recipe.lr == pytest.approx(2e-3 * math.sqrt(2200 / 3072), rel=1e-15)
+    assert (recipe.betas, recipe.total_steps) == ((0.66, 0.998), round(1141 * 3072 / 2200))
+    assert recipe.note.startswith("scaled from batch size 3072")
 
 
 def test_nvidia():
