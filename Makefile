@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LINUX := $(filter Linux,$(shell uname))
 # The GPU's kernels on the CPU, in Triton's interpreter, in processes of their own.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-	$(patsubst %,tests/test_%.py,gpu_kernels rule precision guard sharding)
+	$(patsubst %,tests/%.py,gpu/test_gpu_kernels rule/test_rule rule/test_precision rule/test_guard sharding/test_sharding)
 NEWEST_TRITON := 3.9.0
 FRESH := build/fresh
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
@@ -32,7 +32,7 @@ test-all: test test-slow
 test-slow: .venv/all.stamp $(if $(LINUX),.venv/triton.stamp)
 	$(BIN)/python -m pytest -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
-	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/test_gpu.py -m "not slow")
+	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/gpu/test_gpu.py -m "not slow")
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(INTERPRETED) -m "not slow")
 
 check: .venv/test.stamp
@@ -55,7 +55,7 @@ dist: .venv/all.stamp
 	$(BIN)/python -m build --outdir build/dist .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m auditwheel repair --wheel-dir dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist
-	TORCHLAMB_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -m slow tests/test_dist.py
+	TORCHLAMB_DIST=$(CURDIR)/dist $(BIN)/python -m pytest -m slow tests/house/test_dist.py
 	$(PYTHON) -m venv $(FRESH)
 	$(FRESH)/bin/python -m pip install -q -c constraints.txt torch
 	$(FRESH)/bin/python -m pip install -q -c constraints.txt "$$(echo dist/*.whl)[demo,test]"
@@ -67,7 +67,7 @@ sanitize: .venv/test.stamp
 	cmake -S src/torchlamb/backends/csrc -B build/sanitized -DTORCHLAMB_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
 	cmake --build build/sanitized
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python tests/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
+		$(BIN)/python tests/kernels/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
 
 .venv/docs.stamp: .venv/torch.stamp
 	$(PIP) install -q -c constraints.txt -e '.[docs]'

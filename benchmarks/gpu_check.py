@@ -66,11 +66,12 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def the_case_table_holds(device: str) -> None:
     """Every kind of test that runs in the interpreter, on the device, at the same tolerances."""
-    tests = ["gpu_kernels.py", "rule.py", "precision.py::test_combinations", "precision.py::test_layouts"]
-    tests += ["guard.py::test_bad_gradient", "guard.py::test_clipping_equals_clip_grad_norm"]
+    tests = ["gpu/test_gpu_kernels.py", "rule/test_rule.py"]
+    tests += [f"rule/test_precision.py::test_{name}" for name in ("combinations", "layouts")]
+    tests += [f"rule/test_guard.py::test_{name}" for name in ("bad_gradient", "clipping_equals_clip_grad_norm")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
     command += ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    command += [f"tests/test_{name}" for name in tests]
+    command += [f"tests/{name}" for name in tests]
     environment = {**os.environ, "TORCHLAMB_TEST_DEVICE": device}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=290)
     print(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:])

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
 
 def load_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
@@ -18,6 +21,12 @@ def load_script(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def with_helpers(**environment: object) -> dict[str, str]:
+    """The environment of a process that imports what the tests share."""
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **{key: str(value) for key, value in environment.items()}}
 
 
 def start_script(script: Path, *flags: object, processes: int, cwd: Path) -> subprocess.Popen[str]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import load_script, run_script
+from loading import ROOT, load_script, run_script
 
 from torchlamb import checkpoint
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "fsdp2.py"
+SCRIPT = ROOT / "examples" / "fsdp2.py"
 LIMIT = 120  # seconds for one run
 TOLERANCE = 1e-5
 SMALL = ["--steps", 6, "--batch-size", 61]  # no share of 2, 3 or 4 processes is like the others

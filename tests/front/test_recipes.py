@@ -6,10 +6,10 @@ import dataclasses
 import io
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from loading import ROOT
 from torch import nn
 
 import torchlamb
@@ -32,7 +32,7 @@ MLPERF = """
 | 13056 | 3.19541e-3 | .8 | .925 | .0166629 | 300 (-100) | 500 |
 | 16384 | 3.3e-3 | .75 | .9 | .0166629 | 290 (-100) | 600 |
 """
-LARGE_BATCH = Path(__file__).parent.parent / "docs" / "large_batch.md"
+LARGE_BATCH = ROOT / "docs" / "large_batch.md"
 
 
 def points() -> list[tuple[int, list[str]]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
-from loading import load_script
+from loading import ROOT, load_script
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "batch_scaling.py"
+SCRIPT = ROOT / "benchmarks" / "batch_scaling.py"
 
 
 @pytest.fixture

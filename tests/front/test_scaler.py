@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from cases import GPU_KERNELS
-from loading import load_script
+from loading import ROOT, load_script
 from torch import Tensor
 
 import torchlamb
@@ -23,7 +22,7 @@ from torchlamb.backends import cpu
 if GPU_KERNELS:
     pytest.skip("trains on the CPU, with the CPU's backends", allow_module_level=True)
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
+SCRIPT = ROOT / "examples" / "digits.py"
 BF16, FP16 = torch.bfloat16, torch.float16
 BATCH_SIZE, LR, STEPS, OVERFLOW_AT = 359, 0.03, 30, 12
 # 2^13 grows to 2^14, is halved at the overflow, and grows twice; without the overflow no gradient leaves the range of fp16.

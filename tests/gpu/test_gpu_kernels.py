@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cases import BACKEND_PARAMS, DEFAULTS, DEVICE, GPU_KERNELS, ROUNDING, SHARE_OF_PATH, to_numpy, use
-from loading import load_script
+from loading import ROOT, load_script
 from reference import Reference
 from rounding_reference import bits_at, nearest, seed_of, stochastic
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torchlamb.backends import gpu_kernels as k
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CHUNK = k.CHUNK.value
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def parameter(*shape: int, offset: int = 0, dtype: torch.dtype = F32) -> nn.Parameter:

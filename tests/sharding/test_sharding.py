@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cases import INTERPRETED
+from loading import with_helpers
 from sharded_cases import CASES, SLOW
 
 # What the GPU's kernels are interpreted for: that they step shards in two phases, in each way of storing and of placing them.
@@ -41,7 +41,7 @@ def run_world(world: int, names: list[str], out: Path) -> None:
         with (out / f"log{rank}").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("sharded_cases.py")), str(out), *names],
-                env={**os.environ, **{key: str(value) for key, value in environment.items()}},
+                env=with_helpers(**environment),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

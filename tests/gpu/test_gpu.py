@@ -6,11 +6,10 @@ import importlib.util
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from loading import load_script
+from loading import ROOT, load_script
 
 from torchlamb import Lamb
 from torchlamb.backends import foreach, gpu, resolve
@@ -197,7 +196,7 @@ def assert_all_are_wide(kernel, kinds, accesses):
 
 @pytest.fixture(scope="module")
 def offline():
-    return load_script(Path(__file__).parent.parent / "benchmarks" / "gpu_offline.py")
+    return load_script(ROOT / "benchmarks" / "gpu_offline.py")
 
 
 KINDS = (
@@ -232,7 +231,7 @@ def test_what_compilers_make_of_the_kernels(kinds, target, offline):
 def test_without_a_gpu_nothing_is_measured():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+    script = ROOT / "benchmarks" / "gpu_check.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "torch finds no CUDA device here" in done.stderr

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from loading import ROOT
 
 import torchlamb
 from torchlamb import mindspore
 
-ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "torchlamb").rglob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import TESTS
 from torch import nn
 
 import torchlamb
@@ -25,7 +26,7 @@ from torchlamb.convert import SOURCES, from_mindspore, lr_factor, to_adamw, to_l
 from torchlamb.convert.__main__ import convert_file
 from torchlamb.files import write_whole
 
-STATES = Path(__file__).parent / "golden" / "states"
+STATES = TESTS / "golden" / "states"
 # The name of the file, and what the warning says of it.
 RUNS = {
     "timm": None,

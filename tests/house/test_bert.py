@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from loading import end, run_script, start_script
+from loading import ROOT, end, run_script, start_script
 
 from torchlamb import checkpoint
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "bert" / "pretrain.py"
+SCRIPT = ROOT / "examples" / "bert" / "pretrain.py"
 LIMIT = 200  # seconds for one run
 STEPS = 12
 SMALL = [

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import load_script
+from loading import ROOT, load_script
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
+SCRIPT = ROOT / "examples" / "digits.py"
 SIZES = [256, 1437]
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loading import ROOT
 from torch import nn
 
 import torchlamb
@@ -28,7 +29,7 @@ from torchlamb import rule
 from torchlamb.backends import cpu
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-CSRC = Path(__file__).parent.parent / "src" / "torchlamb" / "backends" / "csrc"
+CSRC = ROOT / "src" / "torchlamb" / "backends" / "csrc"
 
 cpu.library.load()
 

@@ -15,10 +15,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from loading import ROOT
 
 import torchlamb
 
-ROOT = Path(__file__).parent.parent
 SYSTEM = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")]

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loading import ROOT, TESTS
 
 import torchlamb
 
 ALL = [
     (golden, case)
-    for golden in (json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("golden/*.json")))
+    for golden in (json.loads(path.read_text()) for path in sorted((TESTS / "golden").glob("*.json")))
     for case in golden["cases"]
 ]
 
@@ -36,7 +36,7 @@ def test_the_files_are_there():
 
 
 def test_the_versions_are_those_of_the_page():
-    page = (Path(__file__).parent.parent / "docs" / "variants.md").read_text()
+    page = (ROOT / "docs" / "variants.md").read_text()
     for golden, _ in ALL:
         assert re.search(rf"{golden['made_with'].replace(' ', '.*')}", page, re.IGNORECASE), golden["made_with"]
 
