@@ -6,14 +6,16 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where there is Triton.
 LINUX := $(filter Linux,$(shell uname))
-# The GPU's kernels on the CPU, in Triton's interpreter, in processes of their own.
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+# In two processes of one thread each, which take the files of tests in turns.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The GPU's kernels on the CPU, in Triton's interpreter.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) \
 	$(patsubst %,tests/%.py,gpu/test_gpu_kernels rule/test_rule rule/test_precision rule/test_guard sharding/test_sharding)
 NEWEST_TRITON := 3.9.0
 FRESH := build/fresh
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
 
-.PHONY: demo bert test test-all test-slow check bench docs dist sanitize clean
+.PHONY: demo bert test test-all test-slow soak check bench docs dist sanitize clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/digits.py
@@ -23,17 +25,23 @@ bert: .venv/bert.stamp
 	$(BIN)/python examples/bert/pretrain.py --trust-ratios --noise-scale $(if $(wildcard out/bert/checkpoints/*),--resume)
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 	$(if $(LINUX),$(INTERPRETED) -m "not slow")
 
 test-all: test test-slow
 
-# What `test` leaves out, and the GPU's kernels with the newest Triton.
+# What `test` leaves out, two fresh seeds, and the GPU's kernels with the newest Triton.
 test-slow: .venv/all.stamp $(if $(LINUX),.venv/triton.stamp)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
+	$(BIN)/python tests/soak.py --rounds 2
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/gpu/test_gpu.py -m "not slow")
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(INTERPRETED) -m "not slow")
+
+# Fresh seeds until the time is up.
+MINUTES ?= 60
+soak: .venv/test.stamp
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 check: .venv/test.stamp
 	$(BIN)/ruff check

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,9 +17,8 @@ import torchlamb
 from torchlamb import backends
 from torchlamb.backends import cpu, foreach, fused, gpu, single
 
-# In the environment, so that all processes have the same.
-FRESH_SEED = int(os.environ.setdefault("TORCHLAMB_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
-SEEDS = [pytest.param(0, id="fixed"), pytest.param(FRESH_SEED, id="fresh")]
+# Of the random numbers of all tests that are marked `seeded`: always the same, unless soak.py sets a fresh one.
+SEED = int(os.environ.get("TORCHLAMB_TEST_SEED", "0"))
 
 # The device of all tensors, and whether the CPU stands for a GPU: what Triton's interpreter is for. Either way the whole table
 # is that of the GPU's kernels.
@@ -28,12 +26,13 @@ DEVICE = torch.device(os.environ.get("TORCHLAMB_TEST_DEVICE", "cpu"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_KERNELS = INTERPRETED or DEVICE.type != "cpu"
 
-_DTYPES = (*([] if GPU_KERNELS else [torch.float64]), torch.float32, torch.bfloat16, torch.float16)
-DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in _DTYPES]
 
-# float32: 2e-6 of the path walked; each step adds one rounding of the parameter.
-SHARE_OF_PATH = {torch.float64: 1e-12, torch.float32: 2e-6}
-ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Those that arithmetic is done in.
+DTYPES = [pytest.param(dtype, id=name_of(dtype)) for dtype in (torch.float64, torch.float32)[GPU_KERNELS:]]
 
 
 class BackendCase(NamedTuple):
@@ -72,35 +71,25 @@ LONG_BACKEND_PARAMS = [
     for case in BACKENDS
     if not INTERPRETED  # in which a thousand steps take minutes
 ]
-# In the interpreter, which is slow, one form takes fresh numbers too, and the capturable one, the same to kernels, is left to
-# other tests.
-_SEEDS_AND_BACKENDS = [
-    (seed, case)
-    for seed in SEEDS
-    for case in BACKENDS
-    if not (INTERPRETED and (case.name == "gpu-capturable" or (seed.id == "fresh" and case.name != "gpu")))
-]
-# Other layouts with the fixed numbers only in `make test`, and without the capturable forms, which walk memory no otherwise.
-LAYOUT_BACKENDS_AND_SEEDS = [
-    pytest.param(
-        case,
-        *seed.values,
-        id=f"{case.name}-{seed.id}",
-        marks=[pytest.mark.slow] if seed.id == "fresh" or case.options.get("capturable") else [],
-    )
-    for seed, case in _SEEDS_AND_BACKENDS
-]
-# In `make test`, every form with the fixed numbers, but for two that combine others, and the plain forms with fresh ones.
+# Forms that combine others, which `make test` leaves out.
 _COMBINED = ("single-capturable", "foreach-capturable-two-phase")
-BACKENDS_AND_SEEDS = [
-    pytest.param(
-        case,
-        *seed.values,
-        id=f"{case.name}-{seed.id}",
-        marks=[pytest.mark.slow] if case.name in _COMBINED or (seed.id == "fresh" and case.name not in PLAIN) else [],
-    )
-    for seed, case in _SEEDS_AND_BACKENDS
-]
+
+
+def forms(*, left_out: tuple[str, ...] = _COMBINED) -> list[Any]:
+    """The forms of the case table, of which `make test` leaves some out.
+
+    The capturable form is to the GPU's kernels the same, and is left to other tests in the interpreter, which is slow.
+    """
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in left_out else [])
+        for case in BACKENDS
+        if not (INTERPRETED and case.name == "gpu-capturable")
+    ]
+
+
+FORMS = forms()
+# Other layouts, which the capturable forms walk no otherwise.
+LAYOUT_FORMS = forms(left_out=tuple(case.name for case in BACKENDS if case.options.get("capturable")))
 
 DEFAULTS = {
     name: p.default

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, FRESH_SEED, INTERPRETED, interpret, small_pieces  # noqa: F401
+from cases import DEVICE, INTERPRETED, SEED, interpret, small_pieces  # noqa: F401
+from hypothesis import settings
+
+# One thread for each of the processes that share the cores, and those they start: what is about threads asks for more.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# With the seed that all runs have, Hypothesis draws the same examples too; soak.py gives it a fresh one.
+settings.register_profile("torchlamb", derandomize=SEED == 0, database=None, deadline=None, print_blob=True)
+settings.load_profile("torchlamb")
 
 # Of test_options and test_combinations.
 INTERPRETED_CORE = (
-    *(f"float32-{name}" for name in ("defaults", "everything", "clip", "no-bias-correction", "no-layer-adaptation")),
-    *("bfloat16-everything", "float16-clip"),
-    *(f"gpu-fixed-bfloat16-bfloat16-{name}]" for name in ("masters", "stochastic", "stochastic-bf16-state")),
-    *("gpu-fixed-float16-float32-masters]", "gpu-fixed-float32-bfloat16-bf16-state]"),
+    *(f"float32-{name}-gpu" for name in ("defaults", "everything", "clip", "no-bias-correction", "no-layer-adaptation")),
+    *("gpu-everything-bfloat16", "gpu-clip-float16"),
+    *(f"gpu-bfloat16-bfloat16-{name}" for name in ("masters", "stochastic", "stochastic-bf16-state")),
+    *("gpu-float16-float32-masters", "gpu-float32-bfloat16-bf16-state"),
 )
 
 _shares: dict[tuple[str, str], float] = defaultdict(float)
@@ -25,7 +35,8 @@ def device():
     """Put all tensors on the device that is tested; if the GPU's kernels are interpreted, step the CPU's with them."""
     if INTERPRETED:
         interpret()
-    torch.set_default_device(DEVICE)
+    if DEVICE.type != "cpu":  # as a mode in Python it takes part in every call of torch
+        torch.set_default_device(DEVICE)
 
 
 @pytest.fixture
@@ -39,15 +50,16 @@ def record_share():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In the interpreter, which is slow, `make test` takes of the case table these only."""
+    """Begin with what starts processes, and of the case table, in the interpreter, which is slow, take less."""
+    items.sort(key=lambda item: not {"sharding", "house"} & set(item.path.parts))  # the others keep two workers busy to the end
     for item in items if INTERPRETED else []:
-        name = item.name.removesuffix("-gpu-fixed]").partition("[")[2]
+        name = item.name.removesuffix("]").partition("[")[2]
         if item.path.name not in ("test_gpu_kernels.py", "test_sharding.py") and name not in INTERPRETED_CORE:
             item.add_marker(pytest.mark.slow)
 
 
 def pytest_report_header() -> str:
-    return f"fresh seed: {FRESH_SEED} (set TORCHLAMB_TEST_SEED to repeat)"
+    return f"seed: {SEED} (TORCHLAMB_TEST_SEED)"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

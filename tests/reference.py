@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tolerances
 
 Array = np.ndarray[Any, Any]
 Store = Callable[[str, int, int, Array], Array]
@@ -24,11 +25,11 @@ class Reference:
         self.store = store
         self.step_counts = [0] * len(params)
         self.exp_avgs, self.exp_avg_sqs = ([np.zeros_like(p) for p in self.params] for _ in range(2))
-        self.uncancelled = [np.zeros_like(p) for p in self.params]  # exp_avg, were all gradients of one sign
-        self.paths = [np.zeros_like(p) for p in self.params]  # sum over the steps of |delta w|
-        self.walked = [np.zeros_like(p) for p in self.params]  # sum over the steps of |w|
-        self.largest = [np.abs(p) for p in self.params]  # over the steps, of |w|
-        self.ratios: list[list[tuple[float, float]]] = [[] for _ in params]  # per block: ratio, terms of the update / update
+        # What tolerances.py is about: moments and steps as if nothing cancelled in them, and sums of |w|.
+        self.uncancelled, self.uncancelled_sq = ([np.zeros_like(p) for p in self.params] for _ in range(2))
+        self.blurs = [np.zeros_like(p) for p in self.params]  # of the last step
+        self.paths, self.walked = ([np.zeros_like(p) for p in self.params] for _ in range(2))  # of all steps
+        self.ratios: list[list[tuple[float, float]]] = [[] for _ in params]  # per block: ratio, how much cancels in it
 
     def step(self, grads: list[Array | None]) -> bool:
         """Return whether the step was taken."""
@@ -47,27 +48,33 @@ class Reference:
 
     def _step_one(self, i: int, grad: Array, clip: float) -> None:
         o = self.options[i]
-        if o["grad_centralization"] and grad.ndim >= 3:
-            grad = grad - grad.mean(axis=tuple(range(1, grad.ndim)), keepdims=True)
         g = _real(grad) * clip * (-1.0 if o["maximize"] else 1.0)
+        size = np.abs(g)  # of its terms
+        if o["grad_centralization"] and grad.ndim >= 3:
+            rows = tuple(range(1, grad.ndim))
+            size = size + size.mean(axis=rows, keepdims=True) if grad[:1].size > 1 else size
+            g = g - g.mean(axis=rows, keepdims=True)
         (beta1, beta2), t, w = o["betas"], self.step_counts[i] + 1, self.params[i]
-        m = beta1 * self.exp_avgs[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * g
+        beta3 = (1 - beta1) if o["grad_averaging"] else 1.0
+        m = beta1 * self.exp_avgs[i] + beta3 * g
         v = beta2 * self.exp_avg_sqs[i] + (1 - beta2) * g**2
-        self.uncancelled[i] = beta1 * self.uncancelled[i] + ((1 - beta1) if o["grad_averaging"] else 1.0) * np.abs(g)
+        self.uncancelled[i] = beta1 * self.uncancelled[i] + beta3 * size
+        self.uncancelled_sq[i] = beta2 * self.uncancelled_sq[i] + (1 - beta2) * size**2
         m, v = self.store("exp_avg", i, t, m), self.store("exp_avg_sq", i, t, v)
         correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if o["bias_correction"] else (1.0, 1.0)
         denom = np.sqrt(v / correction2) + o["eps"]
         u = m / correction1 / denom + o["weight_decay"] * w
-        terms = self.uncancelled[i] / correction1 / denom + o["weight_decay"] * np.abs(w)
         new, self.ratios[i] = w.copy(), []
+        terms = tolerances.terms_of_update(self, i, v, correction1 * denom)
         for block in np.split(np.arange(len(w)), o["blocks"]) if o["blocks"] > 1 else [...]:
             ratio = _trust_ratio(np.sqrt(np.square(w[block]).sum()), np.sqrt(np.square(u[block]).sum()), o)
             new[block] = w[block] - o["lr"] * ratio * u[block]
-            self.ratios[i].append((ratio, float(np.linalg.norm(terms[block]) / (np.linalg.norm(u[block]) or 1.0))))
+            cancels = tolerances.cancellation(self, i, block, u, terms)
+            self.blurs[i][block] = tolerances.blur(o["lr"] * ratio, u[block], terms[block], cancels)
+            self.ratios[i].append((ratio, cancels))
         new = self.store("param", i, t, new)
-        self.paths[i] += np.abs(new - w)
-        self.walked[i] += np.abs(w)
-        self.largest[i] = np.maximum(self.largest[i], np.abs(new))
+        self.paths[i] = self.paths[i] + self.blurs[i]
+        self.walked[i] = self.walked[i] + np.abs(w)
         self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i], self.step_counts[i] = new, m, v, t
 
 

@@ -506,7 +506,7 @@ class Sequences(RuleBasedStateMachine):
         assert given[0] == given[1], "the caller's dict was changed"
 
 
-Sequences.TestCase.settings = settings(max_examples=80, stateful_step_count=15, deadline=None, print_blob=True)
+Sequences.TestCase.settings = settings(max_examples=80, stateful_step_count=15)
 TestSequences = Sequences.TestCase
 
 
@@ -523,7 +523,7 @@ def options_of(values: dict[str, list[Any]], most: int) -> st.SearchStrategy[dic
 DRAWN = st.tuples(options_of(GOOD, 3), st.just({}) | st.just({}) | options_of(BAD, 1))
 
 
-@settings(max_examples=100, deadline=None, print_blob=True)
+@settings(max_examples=100)
 @given(
     arguments=DRAWN,
     groups=st.lists(st.tuples(DRAWN, st.sampled_from(SHAPES), st.sampled_from(DTYPES)), min_size=1, max_size=3),

@@ -327,7 +327,7 @@ def assert_close(got, wanted, old):
     assert np.all(np.abs(got - wanted) <= 1.001 * ulp + 3e-6 * path + 2.0**-24 * largest)
 
 
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=60)
 @given(st.lists(TENSORS, min_size=1, max_size=5), OPTIONS, st.sampled_from([1, 1, 2, 3]), st.integers(0, 2**30))
 def test_kernels_do_what_eager_arithmetic_does(tensors, options, blocks, seed):
     generator = torch.Generator().manual_seed(seed)

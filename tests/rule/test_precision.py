@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tolerances
 import torch
 from cases import (
     BACKEND_PARAMS,
-    BACKENDS_AND_SEEDS,
     DEFAULTS,
+    FORMS,
     GPU_KERNELS,
+    LAYOUT_FORMS,
     LAYOUTS,
     LONG_BACKEND_PARAMS,
-    ROUNDING,
-    SHARE_OF_PATH,
+    OPTIONS,
+    SEED,
     make_params,
+    name_of,
     set_grads,
     to_numpy,
     use,
@@ -56,10 +59,6 @@ GROUP = {"lr": 0.02, "betas": (0.8, 0.99), "weight_decay": 0.05}
 STEPS = 8
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def set_grads_in(params: dict[str, nn.Parameter], step: int, dtype: torch.dtype) -> None:
     """Give the parameters gradients of that dtype, be it another than their own."""
     for p in params.values():
@@ -73,18 +72,13 @@ def set_grads_in(params: dict[str, nn.Parameter], step: int, dtype: torch.dtype)
 
 
 class Rounded:
-    """The reference's `store`: rounds what is stored in 16 bits, and nothing else.
-
-    After the optimizer's step, the numbers are compared with those that it has stored, which then are the reference's too: one
-    that falls on the other side of a rounding border is counted, and changes nothing that comes after it. `count` says how many
-    were rounded, and `differ` how many of them otherwise.
-    """
+    """The reference's `store`: what is stored in 16 bits is checked to be rounded rightly, and gone on from."""
 
     def __init__(self, params: dict[str, nn.Parameter], optimizer: torchlamb.Lamb, options: dict[str, Any]) -> None:
         self.seeds = [seed_of(i) for i in range(len(params))]
         self.params, self.optimizer, self.options = list(params.items()), optimizer, options
-        self.reference = Reference([to_numpy(p) for p in params.values()], [{**DEFAULTS, **options}] * len(params), self)
-        self.count = self.differ = 0
+        values = {**DEFAULTS, **options, "lr": float(options["lr"])}
+        self.reference = Reference([to_numpy(p) for p in params.values()], [values] * len(params), self)
 
     def __call__(self, name: str, i: int, t: int, a: np.ndarray) -> np.ndarray:
         label, p = self.params[i]
@@ -98,15 +92,13 @@ class Rounded:
             return (
                 a if name == "param" or stored.dtype is p.dtype or p.dtype in LOW else a.astype(np.float32).astype(np.float64)
             )
-        wanted = self._rounded(name, i, t, a)
-        terms = {
-            "exp_avg": self.reference.uncancelled,
-            "exp_avg_sq": self.reference.exp_avg_sqs,
-            "param": self.reference.largest,
-        }
         got = to_numpy(stored)
-        self.differ += assert_rounded_alike(got, wanted, np.maximum(np.abs(wanted), terms[name][i]), stored.dtype, label)
-        self.count += stored.numel()
+        error = (
+            tolerances.of_last_step(self.reference, i, "float32")
+            if name == "param"
+            else tolerances.of_moment(self.reference, name, i, "float32")
+        )
+        tolerances.assert_rounded(got, a, error, lambda a: self._rounded(name, i, t, a), f"{name} of {label}")
         return got
 
     def _rounded(self, name: str, i: int, t: int, a: np.ndarray) -> np.ndarray:
@@ -118,68 +110,70 @@ class Rounded:
         return nearest(a, "bfloat16") if name == "exp_avg" else stochastic(a, bits & np.uint64(0xFFFF))
 
 
-def assert_rounded_alike(got: np.ndarray, wanted: np.ndarray, terms: np.ndarray, dtype: torch.dtype, what: str) -> int:
-    """Assert at most one unit in the last place between them, and return how many are rounded otherwise.
-
-    Beside it only what float32 arithmetic leaves where `terms`, of which they are sums, cancel: its error, not rounding's.
-    """
-    _, exponent = np.frexp(np.maximum(np.abs(got), np.abs(wanted)))
-    info = torch.finfo(dtype)
-    ulp = info.eps * np.maximum(np.ldexp(1.0, exponent - 1), info.smallest_normal)
-    cancelled = 2.0**-22 * np.max(terms, initial=0)
-    assert np.all(np.abs(got - wanted) <= 1.001 * ulp + cancelled), what
-    return int(np.sum(np.abs(got - wanted) > cancelled))
-
-
 def check_arithmetic(reference: Reference, optimizer: torchlamb.Lamb, params: dict[str, nn.Parameter]) -> None:
-    """Check what is not rounded to 16 bits: parameters or their masters, and moments."""
+    """Check what is not rounded to 16 bits: parameters or their masters, moments, and ratios."""
+    ratios = optimizer.trust_ratios()
     for i, (name, p) in enumerate(params.items()):
         state = optimizer.state.get(p, {})
-        stored = state.get("master", p)
-        if stored.dtype in LOW or not state:
+        if not state:
             continue
-        precise = FP64 if p.dtype is FP64 and optimizer.param_groups[0]["state_dtype"] is not FP32 else FP32
-        error = np.abs(to_numpy(stored) - reference.params[i])
-        assert np.all(error <= SHARE_OF_PATH[precise] * reference.paths[i] + ROUNDING[precise] * reference.walked[i]), name
-        for key, moments, terms in (
-            ("exp_avg", reference.exp_avgs, reference.uncancelled),
-            ("exp_avg_sq", reference.exp_avg_sqs, reference.exp_avg_sqs),
-        ):
-            tolerance = {BF16: 0.0, FP32: 3e-6, FP64: 1e-13}[state[key].dtype] * np.max(terms[i], initial=0)
-            assert np.all(np.abs(to_numpy(state[key]) - moments[i]) <= tolerance), f"{key} of {name}"
+        stored = state.get("master", p)
+        precise = "float64" if p.dtype is FP64 and optimizer.param_groups[0]["state_dtype"] is not FP32 else "float32"
+        for got, wanted in zip(ratios[name].reshape(-1).tolist(), reference.ratios[i], strict=True):
+            tolerances.assert_ratio(got, wanted, precise, name)
+        if stored.dtype not in LOW:
+            error = np.abs(to_numpy(stored) - reference.params[i])
+            tolerances.largest_share(error, tolerances.of_param(reference, i, precise), name)
+        for key, moments in (("exp_avg", reference.exp_avgs), ("exp_avg_sq", reference.exp_avg_sqs)):
+            error = np.abs(to_numpy(state[key]) - moments[i])
+            tolerance = 0.0 if state[key].dtype is BF16 else tolerances.of_moment(reference, key, i, name_of(state[key].dtype))
+            tolerances.largest_share(error, np.broadcast_to(tolerance, error.shape), f"{key} of {name}")
 
 
-def run(case, param_dtype, grad_dtype, storage, layout, seed, options) -> None:
-    torch.manual_seed(seed)
-    options = {**GROUP, **options, **storage}
+def run(case, param_dtype, grad_dtype, layout, options) -> None:
+    torch.manual_seed(SEED)
     params = make_params(layout, param_dtype, options)
     optimizer = torchlamb.Lamb(params.items(), **options, **case.options)
-    rounded = Rounded(params, optimizer, options)
+    rounded = Rounded(params, optimizer, {**DEFAULTS, **options})
     for step in range(STEPS):
         set_grads_in(params, step, grad_dtype)
         optimizer.step()
         assert rounded.reference.step([None if p.grad is None else to_numpy(p.grad) for p in params.values()])
-    assert rounded.differ <= max(2, rounded.count // 1000), f"{rounded.differ} of {rounded.count} numbers are rounded otherwise"
     check_arithmetic(rounded.reference, optimizer, params)
     for name, p in params.items():
         assert p.dtype is param_dtype
         assert p.grad is None or p.grad.dtype is grad_dtype, name
 
 
+@pytest.mark.seeded
 @pytest.mark.parametrize(("param_dtype", "grad_dtype", "storage"), COMBINATIONS)
-@pytest.mark.parametrize(("case", "seed"), BACKENDS_AND_SEEDS)
-def test_combinations(case, param_dtype, grad_dtype, storage, seed, monkeypatch):
+@pytest.mark.parametrize("case", FORMS)
+def test_combinations(case, param_dtype, grad_dtype, storage, monkeypatch):
     use(monkeypatch, case)
-    run(case, param_dtype, grad_dtype, storage, "contiguous", seed, {})
+    run(case, param_dtype, grad_dtype, "contiguous", {**GROUP, **storage})
 
 
-@pytest.mark.parametrize("storage", [{"master_weights": True, "state_dtype": BF16}, STORAGE["stochastic-bf16-state"]], ids=str)
+@pytest.mark.seeded
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("case", FORMS)
+def test_options_in_16_bits(case, options, dtype, monkeypatch):
+    use(monkeypatch, case)
+    run(case, dtype, dtype, "contiguous", {"lr": 1e-3, **options})
+
+
+LAYOUT_STORAGE = {"bfloat16-masters-bf16-state": BF16, "bfloat16-stochastic-bf16-state": BF16, "float16-nothing": FP16}
+
+
+@pytest.mark.seeded
+@pytest.mark.parametrize("storage", LAYOUT_STORAGE)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "complex"])
-@pytest.mark.parametrize("case", BACKEND_PARAMS)
+@pytest.mark.parametrize("case", LAYOUT_FORMS)
 @pytest.mark.usefixtures("small_pieces")
-def test_layouts(case, storage, layout, monkeypatch):
+def test_layouts_in_16_bits(case, storage, layout, monkeypatch):
     use(monkeypatch, case)
-    run(case, BF16, BF16, storage, layout, 0, {"blocks": 2, "max_grad_norm": 1.0, "phi_bounds": (0.1, 4.0)})
+    dtype, options = LAYOUT_STORAGE[storage], STORAGE[storage.partition("-")[2]]
+    run(case, dtype, dtype, layout, {**GROUP, "blocks": 2, "max_grad_norm": 1.0, "phi_bounds": (0.1, 4.0), **options})
 
 
 # The generator

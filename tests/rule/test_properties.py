@@ -24,7 +24,7 @@ OPTIONS = st.fixed_dictionaries(
     }
 )
 CASES = st.sampled_from([case.options for case in BACKENDS])
-EXAMPLES = settings(max_examples=60, deadline=None)
+EXAMPLES = settings(max_examples=60)
 
 
 def random(shape, seed: int, scale: float = 1.0, dtype=torch.float64) -> torch.Tensor:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import FRESH_SEED
+from cases import SEED
 
 KILLS = 20
 
@@ -15,9 +15,9 @@ KILLS = 20
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2], ids=["torch.save", "sharded-over-2-of-which-one-is-killed"])
 def test_a_run_that_is_killed_ends_bitwise_as_one_that_is_not(processes, tmp_path):
-    """At moments drawn from the fresh seed; most of them fall into the writing of a checkpoint."""
+    """At moments drawn from the seed; most of them fall into the writing of a checkpoint."""
     script = Path(__file__).with_name("killed_run.py")
-    arguments = [str(tmp_path), str(processes), str(KILLS), str(FRESH_SEED)]
+    arguments = [str(tmp_path), str(processes), str(KILLS), str(SEED)]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"killed {KILLS} times, " in done.stdout
