@@ -15,7 +15,7 @@ from torch import Tensor
 
 import torchlamb
 from torchlamb import backends
-from torchlamb.backends import cpu, foreach, fused, gpu, single
+from torchlamb.backends import fused, gpu
 
 # Of the random numbers of all tests that are marked `seeded`: always the same, unless soak.py sets a fresh one.
 SEED = int(os.environ.get("TORCHLAMB_TEST_SEED", "0"))
@@ -193,7 +193,7 @@ def set_grads(params: dict[str, torch.nn.Parameter], step: int) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Walk small tensors as large ones are walked."""
-    monkeypatch.setattr("torchlamb.bucket.PIECE_PER_THREAD", 16 // torch.get_num_threads() or 1)
+    monkeypatch.setattr("torchlamb.precision.PIECE_PER_THREAD", 16 // torch.get_num_threads() or 1)
     monkeypatch.setattr("torchlamb.backends.foreach.BATCH", 40)
     monkeypatch.setattr("torchlamb.bucket.SMALL", 20)
 
@@ -213,9 +213,13 @@ def interpret() -> None:
 def use(monkeypatch: pytest.MonkeyPatch, case: BackendCase) -> None:
     """Step in the case's form."""
     if case.two_phase:
-        for backend in (cpu, foreach, gpu, single):
-            monkeypatch.delattr(backend, "step")
+        in_two_phases(monkeypatch)
     monkeypatch.setattr(gpu, "ONE_LAUNCH", case.one_launch)
+
+
+def in_two_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step everything as sharded parameters are stepped: accumulate, then apply."""
+    monkeypatch.setattr("torchlamb.lamb.in_two_phases", lambda _: True)
 
 
 def to_numpy(t: Tensor) -> np.ndarray:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_differentiable
 
-from torchlamb import rule
 from torchlamb.backends import Work, prepare, resolve
-from torchlamb.bucket import is_small, sort_into_buckets, squares_without_grad
-from torchlamb.guard import guard, is_guarded, note_
+from torchlamb.bucket import COLUMNS, Bucket, is_small, make_local_, new_columns, sort_into_buckets, sums_without_grad
+from torchlamb.guard import guard, is_guarded
 from torchlamb.last_step import LastStep
 from torchlamb.options import check, check_alike, check_grads, check_params
 from torchlamb.rule import Scalars
-from torchlamb.sharding import Plan, Rows, check_guard_is_global, make_local_, why_flat
+from torchlamb.sharding.layout import check_guard_is_global, why_flat
+from torchlamb.sharding.sums import NO_PLAN, Plan, Rows
 from torchlamb.state import Storage, adopt, check_loaded, check_state
 
 
@@ -155,7 +155,7 @@ class Lamb(Optimizer):
             "differentiable": differentiable,
         }
         self._last = LastStep()
-        self._plan: Plan | None = None
+        self._plan = NO_PLAN
         self._began: list[tuple[int, int]] = []  # of each group: parameters, and dims of the first, when it was added
         super().__init__(params, check(defaults))
         if is_guarded(defaults):
@@ -180,36 +180,22 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work, plan = self._resolve()
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        verdict = guard(work, plan, self.param_groups, scale, found_inf)
-        sq_norms = [bucket.new_sq_norms() for _, bucket in work]
-        self._last.begin(work, sq_norms)
-        if verdict.skipped:
-            if self._last.record is not None:
-                note_(self._last.record, verdict, ())
-            return loss
-        in_two_phases = []
-        for (backend, bucket), rows in zip(work, sq_norms, strict=True):
-            bucket.centralize_grads()
-            if not getattr(backend, "COUNTS_STEPS", False):
-                bucket.count_step_()
-            whole_step = getattr(backend, "step", None)
-            if whole_step is not None and not bucket.process_groups:
-                whole_step(bucket, rows)
-            else:
-                backend.accumulate(bucket, rows)
-                in_two_phases.append((backend, bucket, rows))
-        updates: Rows = [(b.indices, rows) for (_, b), rows in zip(work, sq_norms, strict=True) if not b.process_groups]
-        if plan is not None:
-            tables = [(b.indices, rows) for _, b, rows in in_two_phases if b.process_groups]
-            complete = sum(len(indices) for indices, _ in tables) == plan.rows
-            table = plan.add_sq_norms_(tables, {} if complete else squares_without_grad(plan, self.param_groups, self.state))
-            updates = [*updates, (plan.indices, table)]
-        for backend, bucket, rows in in_two_phases:
-            backend.apply(bucket, rows)
-        if self._last.record is not None and (verdict.grad_sq_norms or verdict.skip is not None):
-            note_(self._last.record, verdict, updates if verdict.grad_sq_norms else ())
+        self._check_step()
+        work = self._resolve()
+        verdict = guard(
+            work, self._plan, self.param_groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        work = [(backend, verdict.on(bucket)) for backend, bucket in work]
+        sums = [bucket.new_sums() for _, bucket in work]
+        over_processes: Rows = ()
+        if not verdict.skipped:
+            for (backend, bucket), rows in zip(work, sums, strict=True):
+                (backend.accumulate if in_two_phases(bucket) else backend.step)(bucket, rows)
+            over_processes = self._reduce_(work, sums)
+            for (backend, bucket), rows in zip(work, sums, strict=True):
+                if in_two_phases(bucket):
+                    backend.apply(bucket, rows)
+        self._last.note_([bucket for _, bucket in work], sums, verdict, over_processes)
         return loss
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
@@ -229,7 +215,7 @@ class Lamb(Optimizer):
             >>> list(optimizer.trust_ratios())
             ['weight']
         """
-        return self._by_name(lambda scalars, sq_norms: rule.trust_ratio(sq_norms, scalars))
+        return self._by_name(self._last.ratios())
 
     def norms(self) -> dict[str | int, Tensor]:
         """Return the norms that each parameter's last step was scaled by: those of the parameter before it and of its update.
@@ -248,11 +234,11 @@ class Lamb(Optimizer):
             >>> optimizer.norms()["weight"]
             tensor([5.0000, 1.4142])
         """
-        return self._by_name(lambda _, sq_norms: sq_norms.sqrt())
+        return self._by_name(self._last.norms())
 
-    def _by_name(self, rows_of: Callable[[Scalars, Tensor], Tensor]) -> dict[str | int, Tensor]:
+    def _by_name(self, rows: dict[int, Tensor]) -> dict[str | int, Tensor]:
         names = self._names()
-        return {names[index]: rows for index, rows in self._last.by_parameter(rows_of).items()}
+        return {names[index]: row for index, row in rows.items()}
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -373,7 +359,7 @@ class Lamb(Optimizer):
         super().__setstate__(state)
         prepare({p.device for group in self.param_groups for p in group["params"]})
         self._last = LastStep()
-        self._plan = None
+        self._plan = NO_PLAN
         self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -395,62 +381,55 @@ class Lamb(Optimizer):
         # was asked for: Lightning refuses to clip gradients for optimizers that unscale by themselves.
         return all(group["fused"] for group in self.param_groups)
 
-    def _resolve(self) -> tuple[Work, Plan | None]:
+    def _resolve(self) -> Work:
         """Sort the parameters that have gradients into buckets, creating their state where it is missing."""
-        filled = []
-        start = 0
-        for group in self.param_groups:
-            columns: list[list[Any]] = [[], [], [], [], [], [], []]
-            params, grads, exp_avgs, exp_avg_sqs, steps, masters, seeds = columns
-            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, steps, masters, seeds)
-            filled.append((group, [start + i for i, p in enumerate(group["params"]) if p.grad is not None], columns))
-            start += len(group["params"])
-        plan = self._plan if self._plan is not None and self._plan.is_sharded else None
-        if plan is not None:
-            make_local_([columns for _, _, columns in filled])
+        filled = [new_columns() for _ in self.param_groups]
+        for group, columns in zip(self.param_groups, filled, strict=True):
+            self._init_group(group, *columns.values())
+        if self._plan.is_sharded:
+            make_local_(filled)
         work: Work = []
-        for group, indices, columns in filled:
-            for bucket in sort_into_buckets(Scalars.from_group(group), columns, indices, group["blocks"], plan):
+        start = 0
+        for group, columns in zip(self.param_groups, filled, strict=True):
+            indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
+            start += len(group["params"])
+            scalars = Scalars.from_group(group)
+            for bucket in sort_into_buckets(scalars, columns, indices, self._plan.layouts, group["capturable"]):
                 if not torch.compiler.is_compiling():  # which traces tensors that have no memory
                     bucket.check()
-                bucket.on_device = group["capturable"] or not bucket.steps[0].is_cpu
                 work.append((resolve(group, bucket.device, bucket.dtypes, bucket.is_small)[0], bucket))
-        return work, plan
+        return work
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        steps: list[Tensor],
-        masters: list[Tensor | None],
-        seeds: list[Tensor | None],
-    ) -> bool:
-        """Fill seven empty lists. Dynamo runs a method of this name eagerly, and only if it does no more than that."""
-        if group is self.param_groups[0]:
-            self._check_step()
-            self._keep_record()
-        record = self._last.record
-        first = sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
-        storage = Storage(group)
-        for i, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None:
+    def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> bool:
+        """Fill empty lists, in the order of `bucket.COLUMNS`.
+
+        Dynamo runs a method of this name eagerly, and only if it does no more than that.
+        """
+        storage, record = Storage(group), self._last.record
+        params, states = [], []
+        for position, p in enumerate(group["params"], self._first_position(group)):
+            if p.grad is None:
                 continue
             state = self.state[p]
-            storage.fill_(state, p, first + i)
+            storage.fill_(state, p, position)
             if record is not None:
                 state["skipped"] = record.skipped
             params.append(p)
-            grads.append(grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-            masters.append(state["master"] if storage.keeps_master(p) else None)
-            seeds.append(state["seed"] if storage.keeps_seed(p) else None)
+            states.append(state)
+        found = storage.columns(params, states)
+        for column, tensors in zip(COLUMNS, columns, strict=True):
+            tensors += found[column.name]
         return False
+
+    def _reduce_(self, work: Work, sums: Sequence[Tensor]) -> Rows:
+        """Add the sums of sharded rows over processes, in place. Return those of all sharded parameters."""
+        plan = self._plan
+        if not plan.is_sharded:
+            return ()
+        tables = [(b.indices, rows) for (_, b), rows in zip(work, sums, strict=True) if b.process_groups]
+        complete = sum(len(indices) for indices, _ in tables) == len(plan.indices)
+        without_grad = {} if complete else sums_without_grad(plan, self.param_groups, self.state)
+        return [(plan.indices, plan.add_sums_(tables, without_grad))]
 
     def _keep_record(self) -> None:
         """Bring the record of skipped steps up to date, where steps can be skipped."""
@@ -463,11 +442,16 @@ class Lamb(Optimizer):
     def _shared_count(self) -> Tensor | None:
         return next((state["skipped"] for state in self.state.values() if "skipped" in state), None)
 
+    def _first_position(self, group: dict[str, Any]) -> int:
+        """Return the position in the optimizer of a group's first parameter."""
+        return sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
+
     def _first_device(self) -> torch.device | None:
         return next((p.device for group in self.param_groups for p in group["params"]), None)
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo runs it eagerly, when it traces a step
     def _check_step(self) -> None:
-        """Raise for what cannot be stepped in any group, before anything changes."""
+        """Raise for what cannot be stepped in any group, before anything changes; bring the plan and the record up to date."""
         if is_capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
         for i, group in enumerate(self.param_groups):
@@ -477,7 +461,7 @@ class Lamb(Optimizer):
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
-        known = self._plan is not None and self._plan.fits(self.param_groups)
+        known = self._plan.fits(self.param_groups)
         for i, group in enumerate(self.param_groups):
             reason = why_flat(group["params"], self._began[i])
             if reason is not None:
@@ -488,6 +472,7 @@ class Lamb(Optimizer):
             check_state(group, self.state, i)
         if not known:  # only now: what it was made for has been checked
             self._plan = Plan.of(self.param_groups)
+        self._keep_record()
 
 
 def _param_of(entry: Any) -> Any:
@@ -496,6 +481,11 @@ def _param_of(entry: Any) -> Any:
 
 def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:
     return len(params), params[0].dim() if params else 0
+
+
+def in_two_phases(bucket: Bucket) -> bool:
+    """Return whether sums of the bucket have to be added over processes before its parameters can move."""
+    return bool(bucket.process_groups)
 
 
 def is_capturing() -> bool:

@@ -6,41 +6,69 @@ It is kept on the device; nothing is read back until somebody asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.backends import Work
 from torchlamb.bucket import Bucket
-from torchlamb.guard import Record
+from torchlamb.guard import Verdict
 from torchlamb.rule import Scalars
+from torchlamb.sharding.sums import Rows
+
+
+@dataclass
+class Record:
+    """What is remembered of the steps that left parameters as they were, on the device."""
+
+    skipped: Tensor  # 0-dim int64: how many they are. The state of each parameter has it.
+    nonfinite: Tensor  # (params,) bool: because of which parameters the last of them did
+    places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # positions of parameters, as tensors
+
+    def place(self, indices: Sequence[int]) -> Tensor:
+        """Return positions as a tensor, made once: a graph must not copy them from the host while it is captured."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(indices, dtype=torch.int64, device=self.skipped.device)
+        key = tuple(indices)
+        if key not in self.places:
+            place = torch.tensor(indices, dtype=torch.int64, device=self.skipped.device)
+            if len(self.places) == 64:  # none is let go: graphs may read it
+                return place
+            self.places[key] = place
+        return self.places[key]
 
 
 class LastStep:
     """An object of its own: what a compiled step assigns to an optimizer itself is lost."""
 
-    # Of each bucket: indices, scalars, sq_norms (rows, 2), skip and is_guarded.
+    # Of each bucket: indices, scalars, sums (rows, SUMS), skip and is_guarded.
     buckets: Sequence[tuple[list[int], Scalars, Tensor, Tensor | None, bool]] = ()
     record: Record | None = None  # where steps can be skipped
 
-    def begin(self, work: Work, sq_norms: Sequence[Tensor]) -> None:
-        """Note what a step is about to fill."""
-        buckets: Sequence[Bucket] = [bucket for _, bucket in work]
-        self.buckets = [(b.indices, b.scalars, rows, b.skip, b.is_guarded) for b, rows in zip(buckets, sq_norms, strict=True)]
+    def note_(self, buckets: Sequence[Bucket], sums: Sequence[Tensor], verdict: Verdict, over_processes: Rows) -> None:
+        """Remember a step, and count it if it left parameters as they were.
 
-    def by_parameter(self, rows_of: Callable[[Scalars, Tensor], Tensor]) -> dict[int, Tensor]:
-        """Return what follows from the sums of squares (rows, 2), by position: NaN where the step was skipped."""
-        found: dict[int, list[Tensor]] = {}
-        for indices, scalars, sq_norms, skip, guarded in self.buckets:
-            rows = rows_of(scalars, sq_norms)
-            left = rule.leaves(sq_norms) if guarded else None
-            for skipped in (left, skip):
-                if skipped is not None:
-                    rows = torch.where(skipped if rows.dim() == skipped.dim() else skipped.unsqueeze(-1), torch.nan, rows)
-            for index, row in zip(indices, rows.unbind(), strict=True):
-                found.setdefault(index, []).append(row)
-        return {index: rows[0] if len(rows) == 1 else torch.stack(rows) for index, rows in sorted(found.items())}
+        Args:
+            buckets: of the step
+            sums: of each (rows, SUMS), zeros where the host knows that the step was skipped
+            verdict: on it
+            over_processes: the positions of all sharded parameters' rows and their sums, if there are any
+        """
+        self.buckets = [(b.indices, b.scalars, rows, b.skip, b.is_guarded) for b, rows in zip(buckets, sums, strict=True)]
+        if self.record is None or not (verdict.grad_sq_norms or verdict.skip is not None):
+            return
+        own = [(b.indices, rows) for b, rows in zip(buckets, sums, strict=True) if not b.process_groups]
+        matter = bool(verdict.grad_sq_norms) and not verdict.skipped
+        _count_(self.record, verdict, [*own, *over_processes] if matter else ())
+
+    def ratios(self) -> dict[int, Tensor]:
+        """Return the ratio of each parameter, by position: 0-dim, or (parts,); NaN where the step was skipped."""
+        return self._by_parameter(lambda scalars, sums: rule.trust_ratio(sums, scalars))
+
+    def norms(self) -> dict[int, Tensor]:
+        """Return the norms of each parameter and of its update, by position: (2,), or (parts, 2); NaN as in `ratios`."""
+        return self._by_parameter(lambda _, sums: rule.norms(sums))
 
     def nonfinite(self) -> list[int]:
         """Return the positions of the parameters because of which the last step that was skipped was. Reads from the device."""
@@ -60,3 +88,52 @@ class LastStep:
         if old is not None and len(old.nonfinite) < count:  # parameters were added, or else their positions have changed
             nonfinite[: len(old.nonfinite)] = old.nonfinite
         self.record = Record(skipped, nonfinite)
+
+    def _by_parameter(self, rows_of: Callable[[Scalars, Tensor], Tensor]) -> dict[int, Tensor]:
+        found: dict[int, list[Tensor]] = {}
+        for indices, scalars, sums, skip, guarded in self.buckets:
+            rows = rows_of(scalars, sums)
+            left = rule.leaves(sums) if guarded else None
+            for skipped in (left, skip):
+                if skipped is not None:
+                    rows = torch.where(skipped if rows.dim() == skipped.dim() else skipped.unsqueeze(-1), torch.nan, rows)
+            for index, row in zip(indices, rows.unbind(), strict=True):
+                found.setdefault(index, []).append(row)
+        return {index: rows[0] if len(rows) == 1 else torch.stack(rows) for index, rows in sorted(found.items())}
+
+
+def _count_(record: Record, verdict: Verdict, sums: Rows) -> None:
+    """Count a step that left parameters as they were, and remember because of which.
+
+    Args:
+        record: changed in place
+        verdict: on the step
+        sums: (rows, SUMS), in the order of `verdict.grad_sq_norms`; none where those do not matter
+    """
+    device, skip = record.skipped.device, verdict.skip
+    by_update = torch.cat([rule.leaves(rows).to(device) for _, rows in sums]) if sums else None
+    if skip is None:
+        if by_update is None or not bool(by_update.any()):
+            return
+        left, because = by_update.any(), by_update
+    else:
+        left = skip.to(device)
+        because = _of_gradients(verdict.grad_sq_norms, device)
+        if by_update is not None:
+            because = torch.where(left, because, by_update)
+            left = left | by_update.any()
+    indices = [index for rows, _ in verdict.grad_sq_norms for index in rows]
+    counts = torch.zeros(record.nonfinite.shape, dtype=torch.int32, device=device)
+    counts.index_add_(0, record.place(indices), because.to(torch.int32))
+    record.nonfinite.copy_(torch.where(left, counts > 0, record.nonfinite))
+    record.skipped.add_(left)
+
+
+def _of_gradients(sums: Rows, device: torch.device) -> Tensor:
+    """Return of which rows the gradient is to blame where their total is not finite: it is not itself, or it is the largest."""
+    rows = torch.cat([rows.to(device).float() for _, rows in sums]) if sums else torch.zeros(0, device=device)
+    if len(rows) == 0:
+        return torch.zeros(0, dtype=torch.bool, device=device)
+    nonfinite = ~torch.isfinite(rows)
+    large = rows.max().clamp(max=torch.finfo(torch.float32).max / len(rows))
+    return torch.where(nonfinite.any(), nonfinite, rows >= large)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from torchlamb import rule
-from torchlamb.bucket import pieces
-from torchlamb.sharding import local_grads, mean_over, total_over_shards
+from torchlamb.precision import pieces
+from torchlamb.sharding.sums import local_grads, mean_over, total_over_shards
 
 
 class NoiseScale:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamb.sharding import is_dtensor, is_plain, shards_other_dim_than_0, why_grad_refused, why_refused
+from torchlamb.sharding.layout import is_dtensor, is_plain, shards_other_dim_than_0, why_grad_refused, why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
 _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")

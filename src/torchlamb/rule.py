@@ -21,6 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What is added up of every row, over the whole logical tensor, before its ratio is known: the columns of what is called `sums`,
+# (..., SUMS). Squares, never norms that are squared again.
+SUMS = ("param_sq", "update_sq")
+PARAM_SQ, UPDATE_SQ = range(len(SUMS))
+
 
 @dataclass(frozen=True)
 class Scalars:
@@ -113,22 +118,22 @@ def total(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
 
 
-def trust_ratio(sq_norms: Tensor, s: Scalars) -> Tensor:
+def trust_ratio(sums: Tensor, s: Scalars) -> Tensor:
     """Return the ratio of each row.
 
     Args:
-        sq_norms: (..., 2) the sums of squares of the parameter and of its update, over the whole logical tensor
+        sums: (..., SUMS), of which those of the parameter's and of its update's squares are read
         s: where `layer_adaptation`, `phi_bounds` and `trust_ratio_bounds` stand
 
     Returns:
         (...) the factor of ``lr * update``
     """
+    sq_norms = _sq_norms(sums)
     if not s.layer_adaptation:
         return torch.ones_like(sq_norms[..., 0])
     undefined = (sq_norms == 0).any(dim=-1)
     # Where a norm is 0 its square root is taken of 1 instead: `where` alone would still pass 0/0 and an infinite gradient on.
-    norms = torch.where(undefined.unsqueeze(-1), 1.0, sq_norms).sqrt()
-    param_norm, update_norm = norms[..., 0], norms[..., 1]
+    param_norm, update_norm = torch.where(undefined.unsqueeze(-1), 1.0, sq_norms).sqrt().unbind(dim=-1)
     phi = param_norm if s.phi_bounds is None else param_norm.clamp(*s.phi_bounds)
     ratio = phi / update_norm
     if s.trust_ratio_bounds is not None:
@@ -136,9 +141,18 @@ def trust_ratio(sq_norms: Tensor, s: Scalars) -> Tensor:
     return torch.where(undefined, 1.0, ratio)
 
 
-def leaves(sq_norms: Tensor) -> Tensor:
-    """Return (...) whether a guarded step leaves the parameter as it is: a norm of `sq_norms` (..., 2) is not finite."""
-    return ~torch.isfinite(sq_norms).all(dim=-1)
+def norms(sums: Tensor) -> Tensor:
+    """Return (..., 2) the norms of each row's parameter and of its update, from `sums` (..., SUMS)."""
+    return _sq_norms(sums).sqrt()
+
+
+def leaves(sums: Tensor) -> Tensor:
+    """Return (...) whether a guarded step leaves the parameter as it is: a norm of `sums` (..., SUMS) is not finite."""
+    return ~torch.isfinite(_sq_norms(sums)).all(dim=-1)
+
+
+def _sq_norms(sums: Tensor) -> Tensor:
+    return sums[..., PARAM_SQ : UPDATE_SQ + 1]
 
 
 def clip_coefficient(grad_sq_norm: Tensor, max_grad_norm: float) -> Tensor:

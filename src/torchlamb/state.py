@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamb import rounding
+from torchlamb import precision
 from torchlamb.backends import counts_on_device, resolve
 from torchlamb.guard import is_guarded
-from torchlamb.sharding import is_dtensor
+from torchlamb.sharding.layout import is_dtensor
 
 _LOW = (torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,9 +56,21 @@ class Storage:
             state.pop("master", None)
         if self.keeps_seed(param):
             if "seed" not in state:
-                state["seed"] = torch.tensor(rounding.seed_of(position))
+                state["seed"] = torch.tensor(precision.seed_of(position))
             if state["seed"].device != state["step"].device:
                 state["seed"] = state["seed"].to(state["step"].device)
+
+    def columns(self, params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """Return, of parameters with gradients, what a step takes: by the names of `torchlamb.bucket.COLUMNS`."""
+        return {
+            "params": params,
+            "grads": [p.grad for p in params],
+            "exp_avgs": [state["exp_avg"] for state in states],
+            "exp_avg_sqs": [state["exp_avg_sq"] for state in states],
+            "masters": [s["master"] if self.keeps_master(p) else None for p, s in zip(params, states, strict=True)],
+            "steps": [state["step"] for state in states],
+            "seeds": [s["seed"] if self.keeps_seed(p) else None for p, s in zip(params, states, strict=True)],
+        }
 
     def restore_(
         self,

@@ -17,23 +17,24 @@ from torchlamb.bucket import SMALL, Bucket
 
 
 class Backend(Protocol):
-    """The functions of a backend module. `sq_norms` is (rows, 2): sums of squares of the parameters and of their updates.
-
-    A backend may also have ``step(bucket, sq_norms)``, which does `accumulate` and `apply` at once for a bucket whose sums of
-    squares need no reduction between the two; that is where it can keep what it has in cache. One with a true ``COUNTS_STEPS``
-    counts `bucket.steps` itself, in `accumulate` and `step`.
-    """
+    """The functions of a backend module. `sums` is (rows, SUMS), as in `torchlamb.rule`."""
 
     __name__: str
 
     def grad_sq_norms(self, bucket: Bucket, out: Tensor) -> None:
         """Write the sum of squares of each row's gradient, before `grad_factor`, to `out` (rows,)."""
 
-    def accumulate(self, bucket: Bucket, sq_norms: Tensor) -> None:
-        """Update the moments in place and write both sums of squares."""
+    def accumulate(self, bucket: Bucket, sums: Tensor) -> None:
+        """Count the step, update the moments in place and write the sums."""
 
-    def apply(self, bucket: Bucket, sq_norms: Tensor) -> None:
+    def apply(self, bucket: Bucket, sums: Tensor) -> None:
         """Recompute the update from the stored moments and take ``lr * ratio * update`` from the parameters."""
+
+    def step(self, bucket: Bucket, sums: Tensor) -> None:
+        """Do `accumulate` and `apply` at once, for a bucket whose sums need no reduction between the two.
+
+        That is where a backend can keep what it has in cache.
+        """
 
 
 Work = list[tuple[Backend, Bucket]]  # what one step() has to do

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 import torchlamb.backends.fused as fused
+from torchlamb.bucket import COLUMNS, Bucket
 
 ABI = 2
 ISAS = ("baseline", "avx2", "avx512")
-
-COUNTS_STEPS = True  # see `torchlamb.backends.Backend`
 
 # In the order of `fused.GRAD_SQ_NORMS` and so on.
 _FUNCTIONS = ("torchlamb_grad_sq_norms", "torchlamb_accumulate", "torchlamb_apply", "torchlamb_step")
@@ -31,12 +30,14 @@ class _Runs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("first", "starts", "length", "stride")]
 
 
+_TYPED = [column.name for column in COLUMNS if column.dtype is None]
+
+
 class _Rows(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("sizes", "params", "grads", "exp_avgs", "exp_avg_sqs")),
-        *((name, ctypes.c_void_p) for name in ("masters", "steps", "seeds", "runs")),
-        *((f"{name}_dtype", ctypes.c_int64) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+        *((name, ctypes.c_void_p) for name in ("sizes", *(column.name for column in COLUMNS), "runs")),
+        *((f"{name}_dtype", ctypes.c_int64) for name in _TYPED),
     ]
 
 
@@ -114,17 +115,16 @@ def why_not(dtypes: Sequence[torch.dtype]) -> str | None:
 def _run(call: fused.Call) -> None:
     """Call a kernel with the tensors' addresses."""
     lengths = array("q", [p.numel() for p in call.params])
-    columns = (call.params, call.grads, call.exp_avgs, call.exp_avg_sqs)
-    addresses = [_addresses(column) for column in (*columns, call.masters, call.steps, call.seeds)]
-    table = (_Runs * len(call.seeds))(
+    addresses = [_addresses(column) for column in call.columns.values()]
+    table = (_Runs * len(call.starts))(
         *(_Runs(call.runs[3 * i], start.data_ptr(), *call.runs[3 * i + 1 : 3 * i + 3]) for i, start in enumerate(call.starts))
     )
     rows = _Rows(
         len(call.params),
         lengths.buffer_info()[0],
         *(column.buffer_info()[0] if column else None for column in addresses),
-        ctypes.addressof(table) if call.seeds else None,
-        *(fused.DTYPES.index(column[0].dtype) for column in columns),
+        ctypes.addressof(table) if call.starts else None,
+        *(fused.DTYPES.index(call.columns[name][0].dtype) for name in _TYPED),
     )
     lr, grad_factor, skip = call.lr.double(), call.grad_factor.float(), call.skip
     options = _Options(
@@ -143,5 +143,24 @@ def _addresses(tensors: list[Tensor]) -> array[int]:
     return array("Q", [t.data_ptr() for t in tensors])
 
 
-# Of `torchlamb.backends.Backend`. `step` takes a few rows at a time, walking back over what is still in cache.
-grad_sq_norms, accumulate, apply, step = fused.functions(_run, "CPU")
+_kernels = fused.kernels(_run, "CPU")
+
+
+def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    fused.call(_kernels, fused.GRAD_SQ_NORMS, bucket, out)
+
+
+def accumulate(bucket: Bucket, sums: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    fused.call(_kernels, fused.ACCUMULATE, bucket, sums)
+
+
+def apply(bucket: Bucket, sums: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    fused.call(_kernels, fused.APPLY, bucket, sums)
+
+
+def step(bucket: Bucket, sums: Tensor) -> None:
+    """Do `accumulate` and `apply` for a few rows at a time, walking back over what is still in cache."""
+    fused.call(_kernels, fused.STEP, bucket, sums)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import torchlamb.backends.fused as fused
+from torchlamb.bucket import COLUMNS, Bucket
+from torchlamb.rule import SUMS
 
-COUNTS_STEPS = True  # see `torchlamb.backends.Backend`
 DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda, too
 OLDEST = (8, 0)  # of NVIDIA's compute capabilities that Triton serves
 
@@ -79,13 +80,12 @@ def why_not(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
 def _run(call: fused.Call) -> None:
     """Launch the kernels of a function on the tensors' device."""
     k, device, rows, skip, out = kernels.module, call.params[0].device, len(call.params), call.skip, call.out
-    function, flags = call.function, call.flags
-    columns = [call.params, call.grads, call.exp_avgs, call.exp_avg_sqs]
-    chunks = _Chunks([p.numel() for p in call.params], _are_aligned([*columns, call.masters]), k.CHUNK.value)
+    function, flags, columns = call.function, call.flags, call.columns
+    chunks = _Chunks([p.numel() for p in call.params], _are_aligned(columns), k.CHUNK.value)
     beta1, beta2, eps, weight_decay, *bounds = map(float, call.numbers)  # Triton would compile anew for an int
     kinds = k.Kinds(
-        *(k.TYPES[column[0].dtype] for column in columns),
-        masters=bool(call.masters),
+        *(k.TYPES[columns[column.name][0].dtype] for column in COLUMNS if column.dtype is None),
+        masters=bool(columns["masters"]),
         rounds_params=bool(flags & fused.STOCHASTIC_ROUNDING),
         bias_correction=bool(flags & fused.BIAS_CORRECTION),
         grad_averaging=bool(flags & fused.GRAD_AVERAGING),
@@ -100,8 +100,8 @@ def _run(call: fused.Call) -> None:
         *(eps, weight_decay, *bounds),
     )
     with _on(device):
-        table = _to_device(_table(chunks, [*columns, call.masters, call.steps, call.seeds], call.starts, call.runs), device)
-        partials = torch.empty(chunks.count, 2, dtype=torch.float32, device=device)
+        table = _to_device(_table(chunks, call), device)
+        partials = torch.empty(chunks.count, len(SUMS), dtype=torch.float32, device=device)
 
         def launch(kernel: Any, *arguments: Any) -> None:
             for full, programs in ((True, chunks.full_firsts[-1]), (False, chunks.rest_firsts[-1])):
@@ -121,13 +121,32 @@ def _run(call: fused.Call) -> None:
         else:
             if function in (fused.ACCUMULATE, fused.STEP):
                 launch(k.accumulate, scalars, skip, partials)
-                k.add_partials[(rows,)](table, rows, skip, partials, out, 2, True, **k.OPTIONS)
+                k.add_partials[(rows,)](table, rows, skip, partials, out, len(SUMS), True, **k.OPTIONS)
             if function in (fused.APPLY, fused.STEP):
                 launch(k.apply, scalars, skip, out)
 
 
-# Of `torchlamb.backends.Backend`. `step` does with one table, or with one launch, what `accumulate` and `apply` do.
-grad_sq_norms, accumulate, apply, step = fused.functions(_run, "CUDA", "XPU")
+_kernels = fused.kernels(_run, "CUDA", "XPU")
+
+
+def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    fused.call(_kernels, fused.GRAD_SQ_NORMS, bucket, out)
+
+
+def accumulate(bucket: Bucket, sums: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    fused.call(_kernels, fused.ACCUMULATE, bucket, sums)
+
+
+def apply(bucket: Bucket, sums: Tensor) -> None:
+    """See `torchlamb.backends.Backend`."""
+    fused.call(_kernels, fused.APPLY, bucket, sums)
+
+
+def step(bucket: Bucket, sums: Tensor) -> None:
+    """Do with one table, or with one launch, what `accumulate` and `apply` do."""
+    fused.call(_kernels, fused.STEP, bucket, sums)
 
 
 def _is_number(n: Tensor, device: torch.device) -> bool:
@@ -150,18 +169,18 @@ class _Chunks:
         self.rest_firsts = [0, *running_sums(count - f for count, f in zip(self.counts, full, strict=True))]
 
 
-def _are_aligned(columns: list[list[Tensor]]) -> list[bool]:
-    addresses = zip(*([t.data_ptr() for t in column] for column in columns if column), strict=True)
+def _are_aligned(columns: dict[str, list[Tensor]]) -> list[bool]:
+    of_elements = [columns[column.name] for column in COLUMNS if not column.is_number and columns[column.name]]
+    addresses = zip(*([t.data_ptr() for t in column] for column in of_elements), strict=True)
     return [all(address % 16 == 0 for address in row) for row in addresses]
 
 
-def _table(chunks: _Chunks, columns: list[list[Tensor]], starts: list[Tensor], runs: list[int]) -> array[int]:
-    """Return the table that the kernels read. `columns` are in the order of its records, empty where there are none."""
-    rows = len(chunks.sizes)
-    steps = columns[-2]
+def _table(chunks: _Chunks, call: fused.Call) -> array[int]:
+    """Return the table that the kernels read."""
+    rows, steps, starts, runs = len(chunks.sizes), call.columns["steps"], call.starts, call.runs
     counts = [row == 0 or step is not steps[row - 1] for row, step in enumerate(steps)]
     none = [0] * rows
-    addresses = [[t.data_ptr() for t in column] if column else none for column in columns]
+    addresses = [[t.data_ptr() for t in column] if column else none for column in call.columns.values()]
     end = 2 * (rows + 1) + kernels.module.FIELDS.value * rows
     ends = list(running_sums((len(start) for start in starts), initial=end))
     places = [place if len(start) else 0 for place, start in zip(ends, starts, strict=False)] if starts else none

@@ -6,7 +6,7 @@ element by element, by the same code with other constants.
 
 Sums of squares go to one slot for each chunk, which a second launch adds up in a fixed order: the same bits at every run.
 Nothing is fused into multiply-adds either, so that an element's new values do not depend on how its memory is aligned.
-The arithmetic follows `torchlamb.rule` and `torchlamb.rounding` and is held to them by tests.
+The arithmetic follows `torchlamb.rule` and `torchlamb.precision` and is held to them by tests.
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ MASTER = tl.constexpr(5)
 STEP = tl.constexpr(6)
 SEED = tl.constexpr(7)
 COUNTS = tl.constexpr(8)  # whether this is the first row of its parameter, which counts its step
-FIRST = tl.constexpr(9)  # see rounding.Runs
+FIRST = tl.constexpr(9)  # see place.Runs
 STARTS = tl.constexpr(10)  # place in the table, 0 where all is one run
 LENGTH = tl.constexpr(11)
 STRIDE = tl.constexpr(12)
 FIELDS = tl.constexpr(13)
+
+# What is added up of each row, in this order: see torchlamb.rule.SUMS.
+PARAM_SQ = tl.constexpr(0)
+UPDATE_SQ = tl.constexpr(1)
+SUMS = tl.constexpr(2)
 
 
 class Numbers(NamedTuple):
@@ -99,7 +104,7 @@ class Kinds(NamedTuple):
 
 @triton.jit(do_not_specialize=["rows"])
 def grad_sq_norms(table, rows, kinds: tl.constexpr, partials, FULL: tl.constexpr):
-    """Write the sum of squares of each chunk's gradient to its slot of `partials` (slots, 2)."""
+    """Write the sum of squares of each chunk's gradient to its slot of `partials` (slots, SUMS)."""
     row, chunk = _locate(table, rows, tl.program_id(0), FULL)
     record = _record(table, rows, row)
     grad = _memory(record, GRAD, kinds.grad, chunk, FULL)
@@ -108,12 +113,12 @@ def grad_sq_norms(table, rows, kinds: tl.constexpr, partials, FULL: tl.constexpr
     for start in range(0, count, BLOCK):
         g = _read(grad, start + tl.arange(0, BLOCK), count, FULL)
         total += g * g
-    tl.store(partials + 2 * (_first_slot(table, rows, row) + chunk), tl.sum(total))
+    tl.store(partials + SUMS * (_first_slot(table, rows, row) + chunk), tl.sum(total))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def accumulate(table, rows, kinds: tl.constexpr, numbers, skip, partials, FULL: tl.constexpr):
-    """Advance the moments in place, and write each chunk's two sums of squares to its slot of `partials` (slots, 2)."""
+    """Advance the moments in place, and write each chunk's sums to its slot of `partials` (slots, SUMS)."""
     if skip is not None:
         if tl.load(skip):
             return
@@ -133,17 +138,17 @@ def add_partials(table, rows, skip, partials, sums, COLUMNS: tl.constexpr, COUNT
 
 
 @triton.jit(do_not_specialize=["rows"])
-def apply(table, rows, kinds: tl.constexpr, numbers, skip, sq_norms, FULL: tl.constexpr):
-    """Take ``lr * ratio * update`` from the parameters, with the ratio of `sq_norms` (rows, 2). The step has been counted."""
+def apply(table, rows, kinds: tl.constexpr, numbers, skip, sums, FULL: tl.constexpr):
+    """Take ``lr * ratio * update`` from the parameters, with the ratio of `sums` (rows, SUMS). The step has been counted."""
     if skip is not None:
         if tl.load(skip):
             return
     row, chunk = _locate(table, rows, tl.program_id(0), FULL)
-    _apply(table, rows, row, chunk, kinds, numbers, sq_norms, 0.0, FULL)
+    _apply(table, rows, row, chunk, kinds, numbers, sums, 0.0, FULL)
 
 
 @triton.jit(do_not_specialize=["rows", "segments", "tickets"])
-def step(table, rows, kinds: tl.constexpr, numbers, skip, partials, sq_norms, order, segments, tickets, counters):
+def step(table, rows, kinds: tl.constexpr, numbers, skip, partials, sums, order, segments, tickets, counters):
     """Do all of it in one launch, finding in the second-level cache what `accumulate` has read a moment before.
 
     Programs draw tickets. `order` says what they are for: the first ticket of each segment, and their number behind the last;
@@ -173,7 +178,7 @@ def step(table, rows, kinds: tl.constexpr, numbers, skip, partials, sq_norms, or
         tl.debug_barrier()  # what all threads have written is published with the release that follows
         if tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1:
             tl.debug_barrier()
-            _add_partials(table, rows, row, partials, sq_norms, 2)
+            _add_partials(table, rows, row, partials, sums, SUMS)
             tl.debug_barrier()
             tl.atomic_xchg(ready, 1, sem="release")
     else:
@@ -182,9 +187,9 @@ def step(table, rows, kinds: tl.constexpr, numbers, skip, partials, sq_norms, or
         tl.debug_barrier()
         chunk = chunks - 1 - chunk
         if chunk < full_chunks:
-            _apply(table, rows, row, chunk, kinds, numbers, sq_norms, 1.0, True)
+            _apply(table, rows, row, chunk, kinds, numbers, sums, 1.0, True)
         else:
-            _apply(table, rows, row, chunk, kinds, numbers, sq_norms, 1.0, False)
+            _apply(table, rows, row, chunk, kinds, numbers, sums, 1.0, False)
     tl.debug_barrier()  # all threads have read the step count that the last program changes
     if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tickets - 1:
         for start in range(0, rows, BLOCK):
@@ -309,13 +314,13 @@ def _accumulate(table, rows, row, chunk, kinds: tl.constexpr, numbers, partials,
             u = tl.where(lanes < count, u, 0.0)  # without eps, 0 / 0
         param_sum += w * w
         update_sum += u * u
-    slot = partials + 2 * (_first_slot(table, rows, row) + chunk)
-    tl.store(slot, tl.sum(param_sum))
-    tl.store(slot + 1, tl.sum(update_sum))
+    slot = partials + SUMS * (_first_slot(table, rows, row) + chunk)
+    tl.store(slot + PARAM_SQ, tl.sum(param_sum))
+    tl.store(slot + UPDATE_SQ, tl.sum(update_sum))
 
 
 @triton.jit
-def _apply(table, rows, row, chunk, kinds: tl.constexpr, numbers, sq_norms, uncounted, FULL: tl.constexpr):
+def _apply(table, rows, row, chunk, kinds: tl.constexpr, numbers, sums, uncounted, FULL: tl.constexpr):
     record = _record(table, rows, row)
     param = _memory(record, PARAM, kinds.param, chunk, FULL)
     master = _memory(record, MASTER, tl.float32, chunk, FULL)
@@ -324,8 +329,8 @@ def _apply(table, rows, row, chunk, kinds: tl.constexpr, numbers, sq_norms, unco
     count = _elements(record, chunk, FULL)
     t = tl.load(tl.load(record + STEP).to(tl.pointer_type(tl.float32))) + uncounted
     eps, k = _bias_factors(t, kinds, numbers)
-    param_sq = tl.load(sq_norms + 2 * row, cache_modifier=".cg")
-    update_sq = tl.load(sq_norms + 2 * row + 1, cache_modifier=".cg")
+    param_sq = tl.load(sums + SUMS * row + PARAM_SQ, cache_modifier=".cg")
+    update_sq = tl.load(sums + SUMS * row + UPDATE_SQ, cache_modifier=".cg")
     size = _number(numbers.lr) * _trust_ratio(param_sq, update_sq, kinds, numbers)
     if kinds.guarded:  # what is not a number is not less either
         count = tl.where((param_sq < float("inf")) & (update_sq < float("inf")), count, 0)
@@ -345,7 +350,7 @@ def _apply(table, rows, row, chunk, kinds: tl.constexpr, numbers, sq_norms, unco
 
 @triton.jit
 def _weight(param, master, lanes, count, kinds: tl.constexpr, FULL: tl.constexpr):
-    """Return the parameter as arithmetic takes it: see `weight` in bucket.py."""
+    """Return the parameter as arithmetic takes it: see `weight` in precision.py."""
     w = _read(param, lanes, count, FULL)
     if kinds.masters:
         precise = _read(master, lanes, count, FULL)
@@ -357,17 +362,13 @@ def _weight(param, master, lanes, count, kinds: tl.constexpr, FULL: tl.constexpr
 def _add_partials(table, rows, row, partials, sums, COLUMNS: tl.constexpr):
     first = _first_slot(table, rows, row)
     count = _first_slot(table, rows, row + 1) - first
-    param_sum = tl.zeros((BLOCK,), tl.float32)
-    update_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        slot = partials + 2 * (first + slots)
-        param_sum += tl.load(slot, mask=slots < count, other=0.0, cache_modifier=".cg")
-        if COLUMNS == 2:
-            update_sum += tl.load(slot + 1, mask=slots < count, other=0.0, cache_modifier=".cg")
-    tl.store(sums + COLUMNS * row, tl.sum(param_sum))
-    if COLUMNS == 2:
-        tl.store(sums + 2 * row + 1, tl.sum(update_sum))
+    for column in tl.static_range(COLUMNS):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, count, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            slot = partials + SUMS * (first + slots) + column
+            total += tl.load(slot, mask=slots < count, other=0.0, cache_modifier=".cg")
+        tl.store(sums + COLUMNS * row + column, tl.sum(total))
 
 
 @triton.jit
@@ -432,7 +433,7 @@ def _clamp(x, low, high):
     return tl.where(x < low, low, tl.where(x > high, high, x))  # what is not a number stays that
 
 
-# Rounding: see rounding.py. Written out, for the interpreter cuts off where hardware rounds.
+# Rounding: see precision.py. Written out, for the interpreter cuts off where hardware rounds.
 
 
 @triton.jit

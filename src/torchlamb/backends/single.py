@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from torchlamb import rule
-from torchlamb.bucket import Bucket, cast, piece_size, pieces, select, weight
+from torchlamb.backends.eager import bias_factors, count_step_, draw, left, param_draw, pieces, scaled_grad
+from torchlamb.bucket import Bucket
+from torchlamb.precision import cast, piece_size, select, to_exp_avg_sq, to_param, weight
+from torchlamb.precision import pieces as pieces_of
 
 Updates = list[tuple[int, Tensor, Tensor | None, Tensor]]  # of each piece: number, param, master, update
 
@@ -19,72 +22,74 @@ Updates = list[tuple[int, Tensor, Tensor | None, Tensor]]  # of each piece: numb
 def grad_sq_norms(bucket: Bucket, out: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
     for row, grad in enumerate(bucket.grads):
-        out[row] = rule.sum_of_squares([cast(g, bucket.dtype) for (g,) in pieces(grad)])
+        out[row] = rule.sum_of_squares([cast(g, bucket.dtype) for (g,) in pieces_of(grad)])
 
 
-def accumulate(bucket: Bucket, sq_norms: Tensor) -> None:
+def accumulate(bucket: Bucket, sums: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
-    for row, factors in enumerate(bucket.bias_factors()):
-        norms, _ = _accumulate(bucket, row, factors, keep=False)
-        sq_norms[row] = torch.stack(norms)
+    count_step_(bucket)
+    for row, factors in enumerate(bias_factors(bucket)):
+        row_sums, _ = _accumulate(bucket, row, factors, keep=False)
+        sums[row] = torch.stack(row_sums)
 
 
-def apply(bucket: Bucket, sq_norms: Tensor) -> None:
+def apply(bucket: Bucket, sums: Tensor) -> None:
     """See `torchlamb.backends.Backend`."""
     s, dtype = bucket.scalars, bucket.dtype
-    sizes, left = s.lr * rule.trust_ratio(sq_norms, s), bucket.left(sq_norms)
-    for row, factors in enumerate(bucket.bias_factors()):
-        for number, (p, _, m, v, master) in enumerate(bucket.pieces(row)):
+    sizes, stays = s.lr * rule.trust_ratio(sums, s), left(bucket, sums)
+    for row, factors in enumerate(bias_factors(bucket)):
+        for number, (p, _, m, v, master) in enumerate(pieces(bucket, row)):
             update = rule.update(weight(p, master, dtype), cast(m, dtype), cast(v, dtype), factors, s)
-            _subtract_(bucket, row, number, p, master, update, sizes[row], left[row])
+            _subtract_(bucket, row, number, p, master, update, sizes[row], stays[row])
 
 
-def step(bucket: Bucket, sq_norms: Tensor) -> None:
+def step(bucket: Bucket, sums: Tensor) -> None:
     """Do `accumulate` and `apply` at once, keeping the updates: of one large tensor, or of small ones that fit in the cache."""
     s = bucket.scalars
+    count_step_(bucket)
     for rows, batch in bucket.batches(piece_size()):
-        norms: list[Tensor] = []
+        found: list[Tensor] = []
         updates: list[Updates] = []
-        for row, factors in enumerate(batch.bias_factors()):
-            row_norms, row_updates = _accumulate(batch, row, factors, keep=True)
-            norms += row_norms
+        for row, factors in enumerate(bias_factors(batch)):
+            row_sums, row_updates = _accumulate(batch, row, factors, keep=True)
+            found += row_sums
             updates.append(row_updates)
-        batch_norms = torch.stack(norms).view(-1, 2)
-        sq_norms[rows] = batch_norms.detach()
-        sizes, left = (s.lr * rule.trust_ratio(batch_norms, s)).unbind(), batch.left(batch_norms)
+        batch_sums = torch.stack(found).view(-1, len(rule.SUMS))
+        sums[rows] = batch_sums.detach()
+        sizes, stays = (s.lr * rule.trust_ratio(batch_sums, s)).unbind(), left(batch, batch_sums)
         # Backwards: what was walked last is still in cache.
         for row in reversed(range(len(batch))):
             for number, p, master, update in reversed(updates[row]):
-                _subtract_(batch, row, number, p, master, update, sizes[row], left[row])
+                _subtract_(batch, row, number, p, master, update, sizes[row], stays[row])
 
 
 def _accumulate(bucket: Bucket, row: int, factors: Sequence[float | Tensor], keep: bool) -> tuple[list[Tensor], Updates]:
-    """Bring one row's moments to this step. Return its two sums of squares and, if `keep`, its updates."""
+    """Bring one row's moments to this step. Return its sums, in the order of `rule.SUMS`, and, if `keep`, its updates."""
     s, dtype, skip = bucket.scalars, bucket.dtype, bucket.skip
     differentiable = torch.is_grad_enabled()
     updates: Updates = []
-    param_squares: list[Tensor] = []
-    update_squares: list[Tensor] = []
-    for number, (p, g, m, v, master) in enumerate(bucket.pieces(row)):
+    param_sq: list[Tensor] = []
+    update_sq: list[Tensor] = []
+    for number, (p, g, m, v, master) in enumerate(pieces(bucket, row)):
         if skip is None and m.dtype == v.dtype == dtype and not differentiable:
             next_m, next_v = m, v
-            rule.advance_(bucket.scaled_grad(g), next_m, next_v, s)
+            rule.advance_(scaled_grad(bucket, g), next_m, next_v, s)
         else:
             next_m, next_v = m.to(dtype, copy=True), v.to(dtype, copy=True)
-            rule.advance_(bucket.scaled_grad(g), next_m, next_v, s)
+            rule.advance_(scaled_grad(bucket, g), next_m, next_v, s)
             # The update is taken of the moments as they are stored: `apply` finds nothing else.
-            next_m, next_v = cast(next_m, m.dtype), bucket.to_exp_avg_sq(next_v, row, number)
-            left = False if skip is None else skip
-            m.copy_(select(left, m, next_m))
-            v.copy_(select(left, v, next_v))
+            next_m, next_v = cast(next_m, m.dtype), to_exp_avg_sq(next_v, v.dtype, draw(bucket, row), number)
+            stays = False if skip is None else skip
+            m.copy_(select(stays, m, next_m))
+            v.copy_(select(stays, v, next_v))
         # Autograd remembers the parameter's value, which is about to be overwritten.
         param = p.to(dtype, copy=True) if differentiable else weight(p, master, dtype)
         update = rule.update(param, cast(next_m, dtype), cast(next_v, dtype), factors, s)
-        param_squares.append(param.square().sum())
-        update_squares.append(update.square().sum())
+        param_sq.append(param.square().sum())
+        update_sq.append(update.square().sum())
         if keep:
             updates.append((number, p, master, update))
-    return [rule.total(param_squares), rule.total(update_squares)], updates
+    return [rule.total(param_sq), rule.total(update_sq)], updates
 
 
 def _subtract_(
@@ -95,15 +100,15 @@ def _subtract_(
     master: Tensor | None,
     update: Tensor,
     size: Tensor,
-    left: bool | Tensor,
+    stays: bool | Tensor,
 ) -> None:
-    """Take ``size * update`` from the row's piece of that number, unless it is left as it is."""
-    if left is True:
+    """Take ``size * update`` from the row's piece of that number, unless it stays as it is."""
+    if stays is True:
         return
-    if left is False and param.dtype == bucket.dtype:
+    if stays is False and param.dtype == bucket.dtype:
         param.addcmul_(update, size, value=-1)
         return
     new = torch.addcmul(weight(param, master, bucket.dtype), update, size, value=-1)
     if master is not None:
-        master.copy_(select(left, master, new))
-    param.copy_(select(left, param, bucket.to_param(new, row, number)))
+        master.copy_(select(stays, master, new))
+    param.copy_(select(stays, param, to_param(new, param.dtype, param_draw(bucket, row), number)))

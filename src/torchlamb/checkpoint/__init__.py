@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torchlamb.checkpoint import files, shards
 from torchlamb.checkpoint.together import is_distributed, on_first
 from torchlamb.files import sync
-from torchlamb.sharding import is_dtensor
+from torchlamb.sharding.layout import is_dtensor
 
 __all__ = ["load", "more_of", "newest", "save"]
 

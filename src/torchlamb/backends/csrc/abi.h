@@ -20,6 +20,9 @@ enum Flags : int32_t {
   GUARDED = 16,  // parameters whose norms are not finite stay as they are
 };
 
+// What is added up of each row: see torchlamb.rule.SUMS.
+enum Sum : int32_t { PARAM_SQ = 0, UPDATE_SQ = 1, SUMS = 2 };
+
 // What all rows step with: see torchlamb.rule.Scalars.
 struct Options {
   double beta1, beta2, eps, weight_decay;
@@ -30,14 +33,15 @@ struct Options {
   const bool* skip;  // null: never
 };
 
-// Element e of a row has the index first + starts[e / length] + stride * (e % length) in the whole tensor: see rounding.Runs.
+// Element e of a row has the index first + starts[e / length] + stride * (e % length) in the whole tensor: see place.Runs.
 struct Runs {
   int64_t first;
   const int64_t* starts;  // null where all is one run
   int64_t length, stride;
 };
 
-// Row i: `sizes[i]` elements that lie alike in all its tensors. No two tensors overlap.
+// Row i: `sizes[i]` elements that lie alike in all its tensors. No two tensors overlap. The columns of torchlamb.bucket, in their
+// order; after them the dtypes of those that have none of their own.
 struct Rows {
   int64_t count;
   const int64_t* sizes;
@@ -61,10 +65,10 @@ TORCHLAMB_EXPORT int32_t torchlamb_abi();
 // its name.
 TORCHLAMB_EXPORT const char* torchlamb_set_isa(const char* highest);
 
-// Accumulate and step count the step first. Each returns 0, or what parallel_for returned. sq_norms: two floats for each
-// row, sums of squares of parameter and update; out: one, of the gradient.
+// Accumulate and step count the step first. Each returns 0, or what parallel_for returned. sums: SUMS floats for each row; out:
+// one, the sum of squares of its gradient.
 TORCHLAMB_EXPORT int32_t torchlamb_grad_sq_norms(const Rows*, const Options*, ParallelFor, float* out);
-TORCHLAMB_EXPORT int32_t torchlamb_accumulate(const Rows*, const Options*, ParallelFor, float* sq_norms);
-TORCHLAMB_EXPORT int32_t torchlamb_apply(const Rows*, const Options*, ParallelFor, float* sq_norms);
-TORCHLAMB_EXPORT int32_t torchlamb_step(const Rows*, const Options*, ParallelFor, float* sq_norms);
+TORCHLAMB_EXPORT int32_t torchlamb_accumulate(const Rows*, const Options*, ParallelFor, float* sums);
+TORCHLAMB_EXPORT int32_t torchlamb_apply(const Rows*, const Options*, ParallelFor, float* sums);
+TORCHLAMB_EXPORT int32_t torchlamb_step(const Rows*, const Options*, ParallelFor, float* sums);
 }

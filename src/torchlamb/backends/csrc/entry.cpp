@@ -75,28 +75,26 @@ struct Step {
     return found;
   }
 
-  int32_t accumulate(const std::vector<Chunk>& chunks, float* sq_norms) const {
-    std::vector<Sums> sums(chunks.size());
+  int32_t accumulate(const std::vector<Chunk>& chunks, float* sums) const {
+    std::vector<Sums> found(chunks.size());
     int32_t error = for_each(chunks.size(), false, parallel_for, [&](int64_t i) {
-      sums[i] = kernels->accumulate(rows, s, numbers[chunks[i].row], chunks[i]);
+      found[i] = kernels->accumulate(rows, s, numbers[chunks[i].row], chunks[i]);
     });
     for (size_t i = 0; i < chunks.size();) {  // in the order of the chunks, whichever thread took them
       int64_t row = chunks[i].row;
-      Sums total{0, 0};
+      Sums total{};
       for (; i < chunks.size() && chunks[i].row == row; ++i) {
-        total.param += sums[i].param;
-        total.update += sums[i].update;
+        for (int sum = 0; sum < SUMS; ++sum) total.of[sum] += found[i].of[sum];
       }
-      sq_norms[2 * row] = float(total.param);
-      sq_norms[2 * row + 1] = float(total.update);
+      for (int sum = 0; sum < SUMS; ++sum) sums[SUMS * row + sum] = float(total.of[sum]);
     }
     return error;
   }
 
-  int32_t apply(const std::vector<Chunk>& chunks, const float* sq_norms) const {
+  int32_t apply(const std::vector<Chunk>& chunks, const float* sums) const {
     return for_each(chunks.size(), true, parallel_for, [&](int64_t i) {
       int64_t row = chunks[i].row;
-      float param_sq = sq_norms[2 * row], update_sq = sq_norms[2 * row + 1];
+      float param_sq = sums[SUMS * row + PARAM_SQ], update_sq = sums[SUMS * row + UPDATE_SQ];
       bool leaves = (s.flags & GUARDED) && !(std::isfinite(param_sq) && std::isfinite(update_sq));
       if (!leaves) kernels->apply(rows, s, numbers[row], chunks[i], size(param_sq, update_sq));
     });
@@ -148,17 +146,17 @@ int32_t torchlamb_grad_sq_norms(const Rows* rows, const Options* options, Parall
   return error;
 }
 
-int32_t torchlamb_accumulate(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sq_norms) {
+int32_t torchlamb_accumulate(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sums) {
   Step step(*rows, *options, parallel_for, true);
-  return step.skip ? 0 : step.accumulate(step.chunks(0, rows->count), sq_norms);
+  return step.skip ? 0 : step.accumulate(step.chunks(0, rows->count), sums);
 }
 
-int32_t torchlamb_apply(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sq_norms) {
+int32_t torchlamb_apply(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sums) {
   Step step(*rows, *options, parallel_for, false);
-  return step.skip ? 0 : step.apply(step.chunks(0, rows->count), sq_norms);
+  return step.skip ? 0 : step.apply(step.chunks(0, rows->count), sums);
 }
 
-int32_t torchlamb_step(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sq_norms) {
+int32_t torchlamb_step(const Rows* rows, const Options* options, ParallelFor parallel_for, float* sums) {
   Step step(*rows, *options, parallel_for, true);
   int32_t error = 0;
   for (int64_t first = 0, last; !step.skip && error == 0 && first < rows->count; first = last) {
@@ -167,8 +165,8 @@ int32_t torchlamb_step(const Rows* rows, const Options* options, ParallelFor par
       elements += rows->sizes[last];
     }
     std::vector<Chunk> chunks = step.chunks(first, last);
-    error = step.accumulate(chunks, sq_norms);
-    if (error == 0) error = step.apply(chunks, sq_norms);
+    error = step.accumulate(chunks, sums);
+    if (error == 0) error = step.apply(chunks, sums);
   }
   return error;
 }

@@ -44,7 +44,7 @@ void write(const float* values, void* memory, int64_t dtype, int64_t begin, int6
   }
 }
 
-// The parameter as arithmetic takes it: see `weight` in bucket.py.
+// The parameter as arithmetic takes it: see `weight` in precision.py.
 float* open_weight(const Rows& rows, int64_t row, int64_t begin, int64_t n, Tile& tile) {
   void* param = rows.params[row];
   float* weight = open(param, rows.param_dtype, begin, n, tile.weight);
@@ -56,7 +56,7 @@ float* open_weight(const Rows& rows, int64_t row, int64_t begin, int64_t n, Tile
   return weight;
 }
 
-// Random bits: see rounding.py.
+// Random bits: see precision.py.
 
 void fill_bits(const Rows& rows, const RowNumbers& numbers, int64_t row, int64_t begin, int64_t n, uint32_t* bits) {
   const uint32_t key1 = numbers.key1, key2 = numbers.key2;
@@ -194,7 +194,7 @@ Sums accumulate(const Rows& rows, const Scalars& s, const RowNumbers& numbers, c
     }
     accumulate_tile<false>(nullptr, exp_avg, exp_avg_sq, weight, n, rule, params, updates);
   }
-  return {params.sum(), updates.sum()};
+  return {{params.sum(), updates.sum()}};  // in the order of Sum
 }
 
 void apply(const Rows& rows, const Scalars& s, const RowNumbers& numbers, const Chunk& chunk, float size) {

@@ -24,11 +24,11 @@ struct Scalars {
 // What differs from row to row beside its memory.
 struct RowNumbers {
   float eps, k;         // rule.bias_factors
-  uint32_t key1, key2;  // rounding.keys
+  uint32_t key1, key2;  // precision.keys
 };
 
 struct Sums {
-  double param, update;
+  double of[SUMS];
 };
 
 struct Kernels {
@@ -43,7 +43,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-// Map 32 bits to 32 bits: see rounding._mix.
+// Map 32 bits to 32 bits: see precision._mix.
 static inline uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x21F0AAAD;

@@ -27,7 +27,6 @@ from torchlamb.mindspore.nn.groups import (
     read_params,
 )
 from torchlamb.mindspore.nn.learning_rate import DYNAMIC, LearningRate, parse, value_at
-from torchlamb.sharding import Plan
 
 
 class Lamb(lamb.Lamb):
@@ -215,9 +214,8 @@ class Lamb(lamb.Lamb):
         return False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would replay the first call's lr and count
-    def _resolve(self) -> tuple[Work, Plan | None]:
+    def _resolve(self) -> Work:
         """Take this step's learning rates and count it, unless it cannot be taken."""
-        self._check_step()
         self._written = self._next_lrs()
         for group, lr in zip(self.param_groups, self._written, strict=True):
             group["lr"] = lr
