@@ -138,11 +138,9 @@ _OF_ELEMENTS = tuple(column for column in COLUMNS if not column.is_number)
 _OF_ROWS = ("indices", *(column.name for column in COLUMNS), "places")
 # Of a row in the making: its parameter's position, a tensor of each column, its place.
 _PARAM, _STEP, _SEED = (_OF_ROWS.index(name) for name in ("params", "steps", "seeds"))
-_TYPED = tuple(_OF_ROWS.index(column.name) for column in COLUMNS if column.dtype is None)
 
-Columns = dict[
-    str, list[Any]
-]  # by the names of COLUMNS, of the parameters of one group: None where an optional one is left out
+# By the names of COLUMNS, of the parameters of one group: None where an optional one is left out.
+Columns = dict[str, list[Any]]
 
 
 def new_columns() -> Columns:
@@ -171,12 +169,13 @@ def sort_into_buckets(
 ) -> list[Bucket]:
     """Return the parameters of one group in buckets of one device, size class, set of dtypes and of process groups."""
     rows_of: dict[tuple[object, ...], list[tuple[Any, ...]]] = {}
-    for row in zip(indices, *columns.values(), strict=True):
+    dtypes = zip(*([t.dtype for t in columns[column.name]] for column in COLUMNS if column.dtype is None), strict=True)
+    for row, row_dtypes in zip(zip(indices, *columns.values(), strict=True), dtypes, strict=True):
         layout, param, seed = layouts[row[0]], row[_PARAM], row[_SEED]
         device = param.device
         small = param.numel() <= SMALL and device.type == "cpu"
         # Which optional columns there are follows from the group and the parameter's dtype.
-        key = (small, device, row[_STEP].device, layout.groups, *[row[i].dtype for i in _TYPED])
+        key = (small, device, row[_STEP].device, layout.groups, row_dtypes)
         rows = rows_of.get(key)
         if rows is None:
             rows = rows_of[key] = []
@@ -199,10 +198,13 @@ def _rows_of_parts(row: Sequence[Any], layout: Layout) -> Iterator[tuple[Any, ..
 
 
 def _bucket(scalars: Scalars, key: tuple[Any, ...], rows: Sequence[tuple[Any, ...]], capturable: bool) -> Bucket:
-    small, device, step_device, groups, param_dtype, *_ = key
+    small, device, step_device, groups, (param_dtype, *_) = key
     names = (*(column.name for column in COLUMNS), "places")
-    indices, *lists = ([] if column[0] is None else list(column) for column in zip(*rows, strict=True))
-    columns: dict[str, Any] = dict(zip(names, lists, strict=True))
+    optional = {column.name for column in COLUMNS if column.optional} | {"places"}
+    indices, *lists = map(list, zip(*rows, strict=True))
+    columns: dict[str, Any] = {
+        name: [] if name in optional and values[0] is None else values for name, values in zip(names, lists, strict=True)
+    }
     return Bucket(
         scalars.on(device),
         indices,

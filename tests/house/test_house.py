@@ -25,10 +25,12 @@ MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).remove
 
 # A module may import those on the lines above its own. `backends` is the protocol, above its implementations.
 ORDER = [
-    ["torchlamb.rule", "torchlamb.rounding", "torchlamb.files"],
-    ["torchlamb.sharding"],
+    ["torchlamb.rule", "torchlamb.files", "torchlamb.sharding", "torchlamb.sharding.place"],
+    ["torchlamb.sharding.layout", "torchlamb.precision"],
+    ["torchlamb.sharding.sums"],
     ["torchlamb.options", "torchlamb.bucket"],
-    ["torchlamb.backends.single", "torchlamb.backends.foreach", "torchlamb.backends.fused", "torchlamb.backends.gpu_kernels"],
+    ["torchlamb.backends.eager", "torchlamb.backends.fused", "torchlamb.backends.gpu_kernels"],
+    ["torchlamb.backends.single", "torchlamb.backends.foreach"],
     ["torchlamb.backends.cpu", "torchlamb.backends.gpu"],
     ["torchlamb.backends"],
     ["torchlamb.guard"],
@@ -88,7 +90,7 @@ def test_imports_run_one_way():
         outside = {found.split(".")[0] for found in imports_of(path)} - set(sys.stdlib_module_names)
         extras = EXTRAS.get(name, set())
         assert outside - extras <= {"torch", "torchlamb", "__future__"}, f"{name} imports {outside}"
-        if name != "torchlamb.sharding" and not name.startswith("torchlamb.checkpoint"):
+        if not name.startswith(("torchlamb.sharding", "torchlamb.checkpoint")):
             assert not any(found.startswith("torch.distributed") for found in imports_of(path)), name
 
 

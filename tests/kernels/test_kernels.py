@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import in_two_phases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import ROOT
@@ -160,7 +161,7 @@ def test_threads_isas_and_phases_give_the_same_bits(name, monkeypatch):
     wanted = None
     for phases in (1, 2):
         if phases == 2:
-            monkeypatch.delattr(cpu, "step")
+            in_two_phases(monkeypatch)
         for isa in ISAS:
             assert set_isa(isa) == isa
             for threads in (1, 2, 3):
@@ -463,7 +464,7 @@ def test_gradient_norm_of_very_uneven_sizes(isa):
 )
 def test_movement_is_lr_times_the_rules_ratio_times_the_update(options, phases, monkeypatch):
     if phases == 2:
-        monkeypatch.delattr(cpu, "step")
+        in_two_phases(monkeypatch)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(33, 7) * 10.0**size) for size in range(-4, 4)]
     zero, still = nn.Parameter(torch.zeros(9)), nn.Parameter(torch.randn(9))
@@ -537,7 +538,7 @@ def step_on_meta(_, state):
 @pytest.mark.parametrize("phases", [1, 2])
 def test_garbage_is_refused(spoil, message, phases, monkeypatch):
     if phases == 2:
-        monkeypatch.delattr(cpu, "step")
+        in_two_phases(monkeypatch)
     params = [parameter(6, dtype=BF16), parameter(4, 3, dtype=BF16), parameter(2, 2, dtype=BF16)]
     optimizer = torchlamb.Lamb(params, lr=0.1, master_weights=True, fused=True)
     optimizer.step()
@@ -580,7 +581,7 @@ def test_lazily_conjugated_gradients_are_stepped_with(options):
 def test_autograd_notices_that_parameters_changed(phases, blocks, monkeypatch):
     """A step between forward and backward is an error, as with every operation in place."""
     if phases == 2:
-        monkeypatch.delattr(cpu, "step")
+        in_two_phases(monkeypatch)
     p = parameter(4, 3)
     loss = p.square().sum()
     torchlamb.Lamb([p], fused=True, blocks=blocks).step()

@@ -53,7 +53,7 @@ import torchlamb
 from torchlamb import checkpoint
 from torchlamb.mindspore import nn as front
 from torchlamb.noise_scale import NoiseScale
-from torchlamb.sharding import local
+from torchlamb.sharding.layout import local
 
 Case = Callable[[int], None]
 CASES: dict[str, tuple[Case, tuple[int, ...]]] = {}

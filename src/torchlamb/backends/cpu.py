@@ -37,7 +37,7 @@ class _Rows(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("sizes", *(column.name for column in COLUMNS), "runs")),
-        *((f"{name}_dtype", ctypes.c_int64) for name in _TYPED),
+        *((f"{name.removesuffix('s')}_dtype", ctypes.c_int64) for name in _TYPED),
     ]
 
 
