@@ -13,17 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_differentiable
 
 from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import COLUMNS, Bucket, is_small, make_local_, new_columns, sort_into_buckets, sums_without_grad
 from torchlamb.guard import guard, is_guarded
 from torchlamb.last_step import LastStep
-from torchlamb.options import check, check_alike, check_grads, check_params
+from torchlamb.loading import read
+from torchlamb.options import (
+    can_step,
+    check,
+    check_alike,
+    check_grads,
+    check_params,
+    lr_of,
+    normalise,
+    store_plain_,
+    warn_of_misspelt,
+)
+from torchlamb.plain import plain
 from torchlamb.rule import Scalars
 from torchlamb.sharding.layout import check_guard_is_global, why_flat
 from torchlamb.sharding.sums import NO_PLAN, Plan, Rows
-from torchlamb.state import Storage, adopt, check_loaded, check_state
+from torchlamb.state import Storage, check_state
 
 
 class Lamb(Optimizer):
@@ -296,13 +309,26 @@ class Lamb(Optimizer):
             options = self._checked_options(param_group)
             check_alike([*self.param_groups, options], self.defaults)
             check_params({**options, "params": params}, len(self.param_groups))
-            kinds = {(p.device, p.dtype.to_real()) for p in map(_param_of, params) if isinstance(p, Tensor)}
-            prepare({device for device, _ in kinds})
-            for device, dtype in kinds:
+            tensors = [p for p in map(_param_of, params) if isinstance(p, Tensor)]
+            prepare({p.device for p in tensors})
+            for device, dtype in {(p.device, p.dtype.to_real()) for p in tensors if can_step(p.dtype)}:
                 resolve(options, device, [dtype], small=False)
+            warn_of_misspelt(param_group, self.param_groups)
             param_group.update(options, params=params)
         super().add_param_group(param_group)
         self._began.append(_count_and_dims(self.param_groups[-1]["params"]))
+
+    def state_dict(self) -> StateDict:
+        """Return torch's state dict, with all that groups hold as plain values: schedulers may write numbers of NumPy."""
+
+        def first_hook(_: Optimizer, state_dict: StateDict) -> None:
+            state_dict["param_groups"] = [normalise(plain(group)) for group in state_dict["param_groups"]]
+
+        hook = self.register_state_dict_post_hook(first_hook, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict()` returned, keeping the precision of the moments.
@@ -310,41 +336,41 @@ class Lamb(Optimizer):
         torch casts all state to the parameter's dtype, which rounds float32 moments of bf16 parameters away. Hooks run as in
         torch; a post hook already sees the moments in their own precision.
 
-        Options are taken from the dict, as in torch, except for how this optimizer stores things: where its `master_weights`,
-        `stochastic_rounding` or `state_dtype` are not at their defaults, it keeps them, and moments are cast to what it stores.
-        A master that the dict does not have is made of the parameter at the next step; one that this optimizer does not keep is
-        dropped.
+        Where both sides have names, each once in its group and the same ones (but for what wrappers put around them, as
+        ``module.`` and ``_orig_mod.``), state goes to the parameter of that name; else to that of the same position. The names
+        of this optimizer stay.
 
-        The dicts of Adam and AdamW are taken, too: their moments have the same meaning.
+        Options are taken from the dict, as in torch, but for how this optimizer steps (`foreach`, `fused`, `differentiable`)
+        and stores things: where its `master_weights`, `stochastic_rounding` or `state_dtype` are not at their defaults, it
+        keeps them, and moments are cast to what it stores. A master that the dict does not have is made of the parameter at the
+        next step; one that this optimizer does not keep is dropped. Keys of groups and states that are not Lamb's are kept as
+        they are.
+
+        What a Lamb has saved is taken whatever its options say: those that cannot be stepped with are refused by the next step.
+
+        The dicts of Adam, AdamW and RAdam are taken, too: their moments have the same meaning.
 
         Raises:
             TypeError: it is no state dict
             ValueError: groups, their sizes or the shapes of state tensors differ, something is missing, or it is another
-                optimizer's
-            TypeError, ValueError, RuntimeError, NotImplementedError: options are wrong, or do not fit the parameters; as with
-                all of these, nothing has changed then
+                optimizer's; as with all of these, nothing has changed then
+
+        Warns:
+            UserWarning: names differ, so that positions tell; or the dict is of Adam, AdamW or RAdam, whose lr means something
+                else
         """
         if not isinstance(state_dict, dict):  # before hooks see it
-            check_loaded(state_dict, self.param_groups)
-        loaded: list[StateDict] = []
+            read(state_dict, self.param_groups, self.state)
+        loaded: list[dict[Any, dict[str, Any]]] = []
 
         def last_pre_hook(_: Optimizer, state_dict: StateDict) -> StateDict:
-            check_loaded(state_dict, self.param_groups)
-            saved = [adopt(*groups) for groups in zip(state_dict["param_groups"], self.param_groups, strict=True)]
-            checked = [self._checked_options(group) for group in saved]
-            check_alike(checked, self.defaults)
-            for i, (options, group) in enumerate(zip(checked, self.param_groups, strict=True)):
-                check_params({**group, **options}, i)
-            loaded.append({**state_dict, "param_groups": saved})
-            return loaded[-1]
-
-        def first_post_hook(_: Optimizer) -> None:
-            for saved_group, group in zip(loaded[-1]["param_groups"], self.param_groups, strict=True):
-                Storage(group).restore_(self.state, loaded[-1]["state"], saved_group["params"], group["params"])
+            state_dict, states = read(state_dict, self.param_groups, self.state)
+            loaded.append(states)
+            return state_dict
 
         handles = [
             self.register_load_state_dict_pre_hook(last_pre_hook),
-            self.register_load_state_dict_post_hook(first_post_hook, prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded[-1]), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -352,8 +378,9 @@ class Lamb(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _checked_options(self, group: dict[str, Any], label: str = "{}") -> dict[str, Any]:
-        return check({**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}}, label)
+    def _checked_options(self, group: dict[str, Any], label: str = "{}", written: bool = False) -> dict[str, Any]:
+        options = {**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}}
+        return check(options, label, written)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -368,7 +395,8 @@ class Lamb(Optimizer):
     def __repr__(self) -> str:
         lines = ["Backends"]
         for i, group in enumerate(self.param_groups):
-            for device, dtype, small in sorted({(p.device, p.dtype.to_real(), is_small(p)) for p in group["params"]}, key=str):
+            params = [p for p in group["params"] if can_step(p.dtype) and not is_lazy(p)]
+            for device, dtype, small in sorted({(p.device, p.dtype.to_real(), is_small(p)) for p in params}, key=str):
                 backend, why = resolve(group, device, [dtype], small)
                 line = f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})"
                 if line != lines[-1]:
@@ -393,7 +421,7 @@ class Lamb(Optimizer):
         for group, columns in zip(self.param_groups, filled, strict=True):
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
-            scalars = Scalars.from_group(group)
+            scalars = Scalars.from_group({**group, "lr": lr_of(group, self.defaults["lr"])})
             for bucket in sort_into_buckets(scalars, columns, indices, self._plan.layouts, group["capturable"]):
                 if not torch.compiler.is_compiling():  # which traces tensors that have no memory
                     bucket.check()
@@ -440,7 +468,8 @@ class Lamb(Optimizer):
             self._last.record = None
 
     def _shared_count(self) -> Tensor | None:
-        return next((state["skipped"] for state in self.state.values() if "skipped" in state), None)
+        states = (state for state in self.state.values() if isinstance(state, dict))  # a wrapper may keep something else there
+        return next((state["skipped"] for state in states if "skipped" in state), None)
 
     def _first_position(self, group: dict[str, Any]) -> int:
         """Return the position in the optimizer of a group's first parameter."""
@@ -449,15 +478,16 @@ class Lamb(Optimizer):
     def _first_device(self) -> torch.device | None:
         return next((p.device for group in self.param_groups for p in group["params"]), None)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo runs it eagerly, when it traces a step
     def _check_step(self) -> None:
         """Raise for what cannot be stepped in any group, before anything changes; bring the plan and the record up to date."""
         if is_capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("step() is being captured in a graph with capturable=False; construct Lamb with capturable=True")
+        checked = []
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]  # of which a device's value is not read back
             on_device = isinstance(lr, Tensor) and not lr.is_cpu and lr.numel() == 1
-            self._checked_options({**group, "lr": 0.0} if on_device else group, f"param_groups[{i}]['{{}}']")
+            label = f"param_groups[{i}]['{{}}']"
+            checked.append(self._checked_options({**group, "lr": 0.0} if on_device else group, label, written=True))
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
@@ -470,9 +500,16 @@ class Lamb(Optimizer):
                 check_params(group, i)
             check_grads(group, i)
             check_state(group, self.state, i)
+        for group, options in zip(self.param_groups, checked, strict=True):
+            store_plain_(group, options)
         if not known:  # only now: what it was made for has been checked
             self._plan = Plan.of(self.param_groups)
         self._keep_record()
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds: when a step is traced, this is
+# not, but run.
+Lamb._check_step._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _param_of(entry: Any) -> Any:
@@ -480,7 +517,7 @@ def _param_of(entry: Any) -> Any:
 
 
 def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:
-    return len(params), params[0].dim() if params else 0
+    return len(params), 0 if not params else 1 if is_lazy(params[0]) else params[0].dim()  # a lazy one may get any shape
 
 
 def in_two_phases(bucket: Bucket) -> bool:

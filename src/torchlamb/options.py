@@ -6,14 +6,21 @@ Every option lives in `param_groups` as a plain bool, int, float, dtype or tuple
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import math
-from collections.abc import Callable, Sequence
-from numbers import Real
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from torchlamb.plain import plain
 from torchlamb.sharding.layout import is_dtensor, is_plain, shards_other_dim_than_0, why_grad_refused, why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
@@ -22,16 +29,27 @@ _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
 # How a run stores things is its own affair; all other options of a checkpoint are taken over.
 STORAGE = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None}
 
+# What is left of a learning rate, relative to the one it began with, where a schedule that ends at 0 has summed up roundings of
+# float64: with torch's own up to a quarter of its epsilon, at all lengths up to 300. Nobody means a rate that small.
+_ROUNDING = 16 * sys.float_info.epsilon
 
-def check(options: dict[str, Any], label: str = "{}") -> dict[str, Any]:
-    """Return the options of a group as plain Python values. `label` says in errors where the one of that name stands.
+
+def check(options: Mapping[str, Any], label: str = "{}", written: bool = False) -> dict[str, Any]:
+    """Return the options of a group as plain Python values.
+
+    Args:
+        options: of a group, all of them
+        label: says in errors where the one of that name stands
+        written: they may have been written by a scheduler, of which no more is asked than that numbers are finite: torch steps
+            with a negative lr or decay, too
 
     Raises:
         TypeError: a value of a wrong type
         ValueError: a value out of range, or two that contradict each other
         RuntimeError: an implementation was asked for that cannot be had
     """
-    plain = {name: _CHECKS[name](label.format(name), value) if name in _CHECKS else value for name, value in options.items()}
+    checks = _WRITTEN if written else _CHECKS
+    plain = {name: checks[name](label.format(name), value) if name in checks else value for name, value in options.items()}
     if plain["master_weights"] and plain["stochastic_rounding"]:
         raise ValueError(
             "master_weights=True and stochastic_rounding=True exclude each other: what has a float32 master is rounded from it "
@@ -52,6 +70,69 @@ def check(options: dict[str, Any], label: str = "{}") -> dict[str, Any]:
     return plain
 
 
+def normalise(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as plain values where they are good ones, and as they are where `check` would refuse them."""
+    normal = dict(options)
+    for name in _WRITTEN.keys() & options.keys():
+        with contextlib.suppress(TypeError, ValueError):
+            normal[name] = _WRITTEN[name](name, options[name])
+    return normal
+
+
+def store_plain_(group: dict[str, Any], checked: Mapping[str, Any]) -> None:
+    """Put back what `check` has returned for a group, where that is not what it had: NumPy's numbers, or other sequences."""
+    for name in _CHECKS:
+        have, want = group[name], checked[name]
+        if have is not want and (type(have) is not type(want) or type(have) is tuple) and not isinstance(have, Tensor):
+            group[name] = want
+
+
+def lr_of(group: Mapping[str, Any], default: float | Tensor) -> float | Tensor:
+    """Return the lr that a group is stepped with: the one that was written, and 0 where that is what rounding has left of 0.
+
+    It is not written back: schedulers compute the next one from it.
+
+    Args:
+        group: with its lr, and the "initial_lr" that schedulers add
+        default: the constructor's lr
+    """
+    lr, began = group["lr"], group.get("initial_lr", default)
+    if isinstance(lr, Tensor):  # of which nothing is read back
+        if not lr.is_floating_point():
+            return lr
+        began = began.to(lr.device).reshape(()) if isinstance(began, Tensor) and began.numel() == 1 else began
+        return torch.where(lr.abs() <= _ROUNDING * abs(began), 0.0, lr)
+    scale = float(began) if isinstance(began, Real) else 1.0
+    return 0.0 if abs(lr) <= _ROUNDING * abs(scale) else lr
+
+
+def warn_of_misspelt(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    """Warn, once for each, of keys of a new group that look like options and are none. All others are the user's affair."""
+    for key in group:
+        if key in _CHECKS or key in ("params", "param_names") or any(key in other for other in others):
+            continue
+        likely = _closest(str(key))
+        if likely is not None:
+            warn_caller(f"{key!r} of a parameter group is no option and changes nothing; did you mean {likely!r}?")
+
+
+def _closest(key: str) -> str | None:
+    letters = {re.sub("[^a-z0-9]", "", name): name for name in _CHECKS}
+    bare = re.sub("[^a-z0-9]", "", key.lower())
+    close = difflib.get_close_matches(bare, letters, n=1, cutoff=0.85) or ([_SYNONYMS[bare]] if bare in _SYNONYMS else [])
+    likely = letters.get(close[0], close[0]) if close else None
+    # "initial_lr", "max_weight_decay": what schedulers and wrappers add is a word more, not a letter.
+    return None if likely is None or re.search(rf"_{likely}$|^{likely}_", key) else likely
+
+
+def warn_caller(message: str) -> None:
+    """Warn, pointing at the first line that is neither torch's nor ours."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in ("torch", "torchlamb"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 def check_alike(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
     """Raise ValueError if groups differ in an option that is one for the whole optimizer."""
     for name in _ALIKE:
@@ -64,12 +145,15 @@ def check_alike(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> N
                 )
 
 
-def check_params(group: dict[str, Any], group_index: int) -> None:
-    """Raise if a parameter of the group cannot be stepped. Entries may still be (name, parameter) pairs."""
+def check_params(group: Mapping[str, Any], group_index: int) -> None:
+    """Raise if a parameter of the group cannot be stepped. Entries may still be (name, parameter) pairs.
+
+    Lazy ones are checked when they have a shape, those of a dtype that cannot be stepped (`can_step`) if they get a gradient.
+    """
     blocks = group["blocks"]
     for i, p in enumerate(group["params"]):
         param = p[1] if isinstance(p, tuple) else p
-        if not isinstance(param, Tensor):
+        if not isinstance(param, Tensor) or is_lazy(param):
             continue  # torch says what a parameter is
         reason = why_refused(param)
         if reason is not None:
@@ -87,9 +171,10 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
         if blocks != 1 and (param.dim() == 0 or param.shape[0] % blocks):
             name, shape = _name(group, group_index, i), tuple(param.shape)
             raise ValueError(f"blocks={blocks} does not divide dim 0 of {name}, whose shape is {shape}")
-        if param.is_floating_point() and param.dtype.itemsize < 2:
-            name = _name(group, group_index, i)
-            raise TypeError(f"{name} has dtype {param.dtype}, which cannot be stepped; give Lamb parameters of 16 bits or more")
+        if not can_step(param.dtype):
+            if param.grad is not None:
+                raise _unsteppable(group, group_index, i, param.dtype)
+            continue
         if group["stochastic_rounding"] and param.dtype == torch.float16:
             name = _name(group, group_index, i)
             raise TypeError(f"stochastic_rounding rounds to bfloat16, and {name} has dtype {param.dtype}; use master_weights")
@@ -98,6 +183,18 @@ def check_params(group: dict[str, Any], group_index: int) -> None:
             raise TypeError(
                 f"state_dtype=torch.bfloat16 has no complex numbers, and {name} has dtype {param.dtype}; leave it at None"
             )
+
+
+def can_step(dtype: torch.dtype) -> bool:
+    """Return whether there is arithmetic for a dtype. Integers and float8 hold weights that are frozen, under LoRA say."""
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize >= 2)
+
+
+def _unsteppable(group: Mapping[str, Any], group_index: int, i: int, dtype: torch.dtype) -> TypeError:
+    return TypeError(
+        f"{_name(group, group_index, i)} has dtype {dtype}, which cannot be stepped, and a gradient; give Lamb parameters of "
+        "16 bits or more, or freeze this one"
+    )
 
 
 def check_grads(group: dict[str, Any], group_index: int) -> None:
@@ -121,7 +218,7 @@ def check_grads(group: dict[str, Any], group_index: int) -> None:
             )
 
 
-def _name(group: dict[str, Any], group_index: int, i: int) -> str:
+def _name(group: Mapping[str, Any], group_index: int, i: int) -> str:
     p = group["params"][i]
     if isinstance(p, tuple):
         return f"parameter {p[0]!r}"
@@ -134,13 +231,26 @@ def fail(kind: type[Exception], name: str, wanted: str, value: object) -> Except
     return kind(f"{name} must be {wanted}, got {value!r}")
 
 
+_FROM_0, _FINITE = "a finite number >= 0", "a finite number"
+
+
+def _finite_from_0(x: float) -> bool:
+    return 0 <= x < math.inf
+
+
 def _number(wanted: str, accept: Callable[[float], bool]) -> Callable[[str, Any], float]:
     def check_number(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise fail(TypeError, name, wanted, value)
-        if not accept(float(value)):
+        if type(value) is not float:
+            number = plain(value)
+            if isinstance(number, bool) or not isinstance(number, Real):
+                raise fail(TypeError, name, wanted, value)
+            try:
+                value = float(number)
+            except OverflowError:
+                value = math.inf
+        if not accept(value):
             raise fail(ValueError, name, wanted, value)
-        return float(value)
+        return value  # type: ignore[no-any-return]
 
     return check_number
 
@@ -161,32 +271,46 @@ def _betas(name: str, value: Any) -> tuple[float, float]:
 
 
 def _pair(name: str, value: Any, wanted: str, check_one: Callable[[str, Any], float]) -> tuple[float, float]:
-    if not isinstance(value, (tuple, list)):
-        raise fail(TypeError, name, wanted, value)
+    if not isinstance(value, (tuple, list)):  # omegaconf's lists, NumPy's arrays
+        is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not hasattr(value, "keys")
+        if not is_list or isinstance(value, (str, bytes, Tensor)) or getattr(value, "ndim", 1) != 1:
+            raise fail(TypeError, name, wanted, value)
     if len(value) != 2:
         raise fail(ValueError, name, wanted, value)
     return check_one(f"{name}[0]", value[0]), check_one(f"{name}[1]", value[1])
 
 
-def _lr(name: str, value: Any) -> float | Tensor:
-    wanted = "a finite number >= 0"
+def _lr(name: str, value: Any, wanted: str = _FROM_0, accept: Callable[[float], bool] = _finite_from_0) -> float | Tensor:
     if not isinstance(value, Tensor):
-        return _number(wanted, _finite_from_0)(name, value)
+        return _number(wanted, accept)(name, value)
     if value.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(value.shape)}; set one lr per parameter group")
     if value.is_complex() or value.dtype == torch.bool:
         raise fail(TypeError, name, wanted, value)
-    if not value.is_meta and not _finite_from_0(value.item()):
+    if not value.is_meta and not is_fake(value) and not accept(value.item()):
         raise fail(ValueError, name, wanted, value)
     return value
 
 
+def _written_lr(name: str, value: Any) -> float | Tensor:
+    return _lr(name, value, _FINITE, math.isfinite)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether it has no contents that could be read, which torch's FakeTensorMode makes to estimate memory."""
+    module = None if is_plain(tensor) else sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 def _blocks(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise fail(TypeError, name, "an int >= 1", value)
+    if type(value) is not int:
+        value = plain(value)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise fail(TypeError, name, "an int >= 1", value)
+        value = int(value)
     if value < 1:
         raise fail(ValueError, name, "an int >= 1", value)
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def _max_grad_norm(name: str, value: Any) -> float | None:
@@ -211,7 +335,9 @@ def flag(name: str, value: Any) -> bool:
         TypeError: it is none
     """
     if not isinstance(value, bool):
-        raise fail(TypeError, name, "True or False", value)
+        value = plain(value)  # NumPy has bools of its own
+        if not isinstance(value, bool):
+            raise fail(TypeError, name, "True or False", value)
     return value
 
 
@@ -219,15 +345,11 @@ def _tristate(name: str, value: Any) -> bool | None:
     return None if value is None else flag(name, value)
 
 
-def _finite_from_0(x: float) -> bool:
-    return 0 <= x < math.inf
-
-
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "lr": _lr,
     "betas": _betas,
-    "eps": _number("a finite number >= 0", _finite_from_0),
-    "weight_decay": _number("a finite number >= 0", _finite_from_0),
+    "eps": _number(_FROM_0, _finite_from_0),
+    "weight_decay": _number(_FROM_0, _finite_from_0),
     "bias_correction": flag,
     "layer_adaptation": flag,
     "grad_averaging": flag,
@@ -246,3 +368,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "capturable": flag,
     "differentiable": flag,
 }
+# Later, in `param_groups`.
+_WRITTEN = {**_CHECKS, "lr": _written_lr, "weight_decay": _number(_FINITE, math.isfinite)}
+_SYNONYMS = {"learningrate": "lr", "epsilon": "eps", "wd": "weight_decay"}

@@ -1,11 +1,11 @@
-"""What is stored of each parameter between steps: in which precision, on which device, how it is made and loaded.
+"""What is stored of each parameter between steps: in which precision, on which device, and how it is made.
 
 This room knows groups and single parameters; it must not know what a step does with what it stores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from torchlamb import precision
 from torchlamb.backends import counts_on_device, resolve
 from torchlamb.guard import is_guarded
-from torchlamb.sharding.layout import is_dtensor
+from torchlamb.options import can_step, check_params
 
 _LOW = (torch.bfloat16, torch.float16)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # One of each parameter, whatever its shape.
 NUMBERS = {"step": torch.float32, "seed": torch.int64, "skipped": torch.int64}
 
@@ -38,10 +38,12 @@ class Storage:
         """Make what the parameter needs and has not stored yet, and bring the rest to the dtype and device it should have."""
         dtype = self.moment_dtype(param)
         if "exp_avg" not in state:  # a seed or a master may have been set before the first step
-            state["step"] = torch.zeros((), dtype=torch.float32, device=self._device(param))
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self.device_of_step(param))
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        elif (self.on_device or not param.is_cpu) and state["step"].device != param.device == self._device(param):
+        elif type(state["step"]) is not Tensor and not isinstance(state["step"], Tensor):
+            state["step"] = torch.tensor(float(state["step"]), device=self.device_of_step(param))
+        elif (self.on_device or not param.is_cpu) and state["step"].device != param.device == self.device_of_step(param):
             state["step"] = state["step"].to(param.device)  # never back: it may be compiled for
         if state["step"].dtype is not torch.float32:
             state["step"] = state["step"].to(torch.float32)
@@ -72,34 +74,6 @@ class Storage:
             "seeds": [s["seed"] if self.keeps_seed(p) else None for p, s in zip(params, states, strict=True)],
         }
 
-    def restore_(
-        self,
-        states: MutableMapping[Tensor, dict[str, Any]],
-        loaded: Mapping[Any, dict[str, Any]],
-        keys: Sequence[Any],
-        params: Sequence[Tensor],
-    ) -> None:
-        """Put back, from a state dict that torch has loaded, what it rounded by its cast to the parameter's dtype.
-
-        Args:
-            states: the optimizer's, of which those of the parameters are corrected
-            loaded: the dict's
-            keys: of the parameters in `loaded`
-            params: of the group
-        """
-        for key, param in zip(keys, params, strict=True):
-            for name, value in loaded.get(key, {}).items():
-                if name in NUMBERS:
-                    number = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-                    states[param][name] = number.to(self._device(param), NUMBERS[name])
-                elif name == "master" and not self.keeps_master(param):
-                    del states[param][name]
-                elif isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                    # Moments are shared with the dict, as in torch. Masters are copied: a dict may have been given weights.
-                    is_master = name == "master"
-                    dtype = torch.float32 if is_master else self.moment_dtype(param)
-                    states[param][name] = value.to(param.device, dtype, copy=is_master)
-
     def keeps_master(self, param: Tensor) -> bool:
         """Return whether the parameter is rounded from a float32 master."""
         return self.masters and param.dtype in _LOW
@@ -114,7 +88,8 @@ class Storage:
             return torch.float32 if param.dtype in _LOW else param.dtype
         return self.state_dtype.to_complex() if param.is_complex() else self.state_dtype
 
-    def _device(self, param: Tensor) -> torch.device | str:
+    def device_of_step(self, param: Tensor) -> torch.device | str:
+        """Return where the parameter's steps are counted, and its seed is kept."""
         device = self.devices.get(param.device)
         if device is None:
             on_device = self.on_device or counts_on_device(self.group, param.device)
@@ -126,110 +101,56 @@ def check_state(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]
     """Raise if what a step needs does not fit the parameters, or has no kernels that were asked for; before it makes any state.
 
     Raises:
-        RuntimeError: with the parameter
+        TypeError: a parameter's dtype cannot be stepped
+        RuntimeError: of any other reason; both name the parameter
     """
-    names = group.get("param_names", range(len(group["params"])))
     kinds = set()
-    for name, param in zip(names, group["params"], strict=False):
-        if param.grad is None:
+    for i, param in enumerate(group["params"]):
+        grad = param.grad
+        if grad is None:
             continue
-        shape, device, state = param.shape, param.device, states.get(param, {})
-        for key, t in (("gradient", param.grad), *((key, state.get(key)) for key in (*_MOMENTS, "master"))):
-            if t is not None and (t.shape != shape or t.device != device):
-                raise RuntimeError(
-                    f"parameter {name!r} of group {group_index} has shape {tuple(shape)} on {device}, and its {key} "
-                    f"{tuple(t.shape)} on {t.device}; a parameter that was resized or moved needs a new optimizer"
-                )
-        if group["fused"]:
-            kinds.add((device, param.dtype.to_real(), param.grad.dtype.to_real()))
-    for device, *dtypes in kinds:
-        resolve(dict(group), device, dtypes, small=False)
+        shape, device, state = param.shape, param.device, states.get(param)
+        fits = grad.shape == shape and grad.device == device
+        if state and fits:
+            fits = _fits(state, shape, device)
+        if not fits:
+            raise _misfit(group, group_index, i, state or {})
+        kinds.add((device, param.dtype, grad.dtype))
+    for _, dtype, _ in kinds:
+        if not can_step(dtype):
+            check_params(group, group_index)  # which says of which parameter
+    for device, *dtypes in kinds if group["fused"] else ():
+        resolve(dict(group), device, [dtype.to_real() for dtype in dtypes], small=False)
 
 
-def check_loaded(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise for the first thing in a state dict that these groups cannot take over.
-
-    Raises:
-        TypeError: it is no state dict
-        ValueError: it is that of other parameters, or of another optimizer than Lamb, Adam and AdamW
-    """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        got = f"a dict with {list(state_dict)[:4]}" if isinstance(state_dict, Mapping) else f"a {type(state_dict).__name__}"
-        raise TypeError(
-            f"state_dict must be a dict with 'state' and 'param_groups', got {got}; give what state_dict() returned"
-        )
-    state, saved = state_dict["state"], state_dict["param_groups"]
-    if len(saved) != len(groups):
-        raise ValueError(
-            f"state_dict has {len(saved)} parameter groups, and this optimizer {len(groups)}; construct it with the same groups"
-        )
-    for i, (saved_group, group) in enumerate(zip(saved, groups, strict=True)):
-        _check_loaded_group(saved_group, group, i)
-        names = group.get("param_names", range(len(group["params"])))
-        for key, name, param in zip(saved_group["params"], names, group["params"], strict=True):
-            if key in state:
-                _check_loaded_state(state[key], f"parameter {name!r} (group {i})", param)
-    known = {key for group in saved for key in group["params"]}
-    for key in state:
-        if key not in known:
-            raise ValueError(f"state of state_dict has an entry {key!r} that is in none of its param_groups; take it out")
+def _fits(state: Mapping[str, Any], shape: torch.Size, device: torch.device) -> bool:
+    first, second, master = state.get("exp_avg"), state.get("exp_avg_sq"), state.get("master")
+    if first is None and second is None and master is None:
+        return True  # nothing yet, or what others keep there
+    for t in (first, second) if master is None else (first, second, master):
+        if t is None and first is second is None:
+            continue  # a master that was set before the first step
+        if not isinstance(t, Tensor) or t.shape != shape or t.device != device:
+            return False
+    return first is None or "step" in state
 
 
-def _check_loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any], i: int) -> None:
-    for name in ("params", "lr", "betas", "eps", "weight_decay"):
-        if name not in saved:
-            raise ValueError(
-                f"param_groups[{i}] of state_dict has no {name!r}, as those of Lamb, Adam and AdamW have; if it is another "
-                "optimizer's, torchlamb.convert.to_lamb may know it"
+def _misfit(group: Mapping[str, Any], group_index: int, i: int, state: Mapping[str, Any]) -> RuntimeError:
+    """Return what is said of the first thing that does not fit a parameter."""
+    names, param = group.get("param_names", ()), group["params"][i]
+    name = f"parameter {names[i] if i < len(names) else i!r} of group {group_index}"
+    for key, t in (("gradient", param.grad), *((key, state.get(key)) for key in (*MOMENTS, "master"))):
+        if isinstance(t, Tensor) and (t.shape != param.shape or t.device != param.device):
+            return RuntimeError(
+                f"{name} has shape {tuple(param.shape)} on {param.device}, and its {key} {tuple(t.shape)} on {t.device}; a "
+                "parameter that was resized or moved needs a new optimizer"
             )
-    if len(saved["params"]) != len(group["params"]):
-        raise ValueError(
-            f"param_groups[{i}] of state_dict has {len(saved['params'])} parameters, and this optimizer's "
-            f"{len(group['params'])}; construct it with the same parameters in the same groups"
-        )
-
-
-def _check_loaded_state(state: Mapping[str, Any], name: str, param: Tensor) -> None:
-    for key in state:
-        if key not in (*_MOMENTS, *NUMBERS, "master"):
-            raise ValueError(
-                f"the state of {name} has {key!r}, which is not of Lamb, Adam or AdamW; if it is another LAMB's, "
-                "torchlamb.convert.to_lamb may know it"
-            )
-    for key in ("step", *_MOMENTS):
-        if key not in state and not set(state) <= {"seed", "master", "skipped"}:  # which may be there before the first step
-            raise ValueError(f"the state of {name} has no {key!r}; load a complete state dict, or start with a fresh Lamb")
-    for key, value in state.items():
-        if key in NUMBERS:
-            if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
-                raise ValueError(f"{key} of {name} must be one number, got {value!r}; load what state_dict() returned")
-        else:
-            _check_loaded_tensor(value, f"{key} of {name}", param)
-
-
-def _check_loaded_tensor(value: Any, name: str, param: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor, got a {type(value).__name__}; load what state_dict() returned")
-    if value.shape != param.shape or value.is_complex() != param.is_complex():
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}, and the parameter {tuple(param.shape)} and "
-            f"{param.dtype}; load the state dict of the same model, with its parameters in the same order"
-        )
-    if is_dtensor(value) != is_dtensor(param):
-        kinds = ("a DTensor", "a plain tensor") if is_dtensor(value) else ("a plain tensor", "a DTensor")
-        raise ValueError(
-            f"{name} is {kinds[0]} and the parameter {kinds[1]}; load it with "
-            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-        )
-
-
-def adopt(saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a loaded group's options with this group's where it has none, and with how this one stores things.
-
-    The latter as far as it is not by default.
-    """
-    rounds = {name: group[name] for name in ("master_weights", "stochastic_rounding")}  # of which one excludes the other
-    kept = rounds if any(rounds.values()) else {}
-    dtype = {} if group["state_dtype"] is None else {"state_dtype": group["state_dtype"]}
-    own = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-    return {**own, **saved, **kept, **dtype}
+    key = next(
+        key
+        for key in (*MOMENTS, "step", "master")
+        if (key != "step" and not isinstance(state.get(key), Tensor)) or key not in state
+    )
+    return RuntimeError(
+        f"the state of {name} has {state.get(key)!r} for {key!r}, which must be a tensor beside the others; load a whole state "
+        "dict, or clear the state of this parameter"
+    )

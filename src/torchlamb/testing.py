@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 
 def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> None:
-    """Take one step and assert LAMB's invariant: every adapted tensor moves by ``lr * |param|``.
+    """Take one step and assert LAMB's invariant: every adapted tensor moves by ``|lr| * |param|``.
 
     It holds for every tensor with a gradient and two norms above 0, as long as nothing clamps norms or ratios and a parameter
     is one block. Groups where `layer_adaptation` is False, bounds are set or `blocks` is not 1 are left out. Choose an lr well
@@ -55,7 +55,7 @@ def assert_relative_step(optimizer: Optimizer, closure: Callable[[], Any] | None
         if moved == 0.0 and not p.grad.any():
             continue  # no update at all: the ratio is 1
         checked += 1
-        wanted = float(group["lr"]) * _norm(old.to(wide))
+        wanted = abs(float(group["lr"])) * _norm(old.to(wide))
         tolerance = (1e-12 if eps < 1e-15 else 1e-6) * wanted + eps / 2 * _norm(new.to(wide))
         if not abs(moved - wanted) <= tolerance:
             raise AssertionError(f"{name} moved by {moved:.9g}, not by lr * |param| = {wanted:.9g} (+- {tolerance:.2g})")

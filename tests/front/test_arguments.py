@@ -208,8 +208,9 @@ def test_a_tensor_lr_goes_where_its_bucket_is():
             assert scalars.lr.dim() == 0
 
 
-def test_float8_parameters_are_refused():
+def test_float8_parameters_with_a_gradient_are_refused():
     p = torch.nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))
+    p.grad = torch.ones(2).to(torch.float8_e4m3fn)
     with pytest.raises(TypeError, match=r"parameter 'small' has dtype torch.float8_e4m3fn.*16 bits or more"):
         torchlamb.Lamb([("small", p)])
 

@@ -48,7 +48,7 @@ GOOD: dict[str, list[Any]] = {
     "differentiable": [True, False],
 }
 BAD: dict[str, list[Any]] = {
-    "lr": [-1, math.nan, math.inf, "1", None, True, torch.ones(2)],
+    "lr": [-1, -1e-20, math.nan, math.inf, "1", None, True, torch.ones(2)],
     "betas": [(1.5, 0.9), (0.9,), 0.9, (0.9, None), (math.nan, 0.9)],
     "eps": [-1.0, math.nan, "0", None],
     "weight_decay": [-0.1, math.inf, None],
@@ -70,6 +70,8 @@ BAD: dict[str, list[Any]] = {
     "capturable": [None],
     "differentiable": [1],
 }
+# What a constructor refuses and torch steps with once a scheduler has written it.
+STEPPED = {"lr": BAD["lr"][:2], "weight_decay": BAD["weight_decay"][:1]}
 STORAGE = ("master_weights", "stochastic_rounding", "state_dtype")
 GUARD = ("max_grad_norm", "skip_nonfinite")
 # What can be written into a group without making it contradict itself, another group or a shape.
@@ -332,7 +334,11 @@ class Sequences(RuleBasedStateMachine):
         old = group[name]
         give_grads(self.optimizer, seed)
         group[name] = value
-        self.check_raises(self.optimizer.step, lambda: group.update({name: old}))
+        if any(value is stepped for stepped in STEPPED.get(name, [])):
+            self.optimizer.step()
+            group[name] = old
+        else:
+            self.check_raises(self.optimizer.step, lambda: group.update({name: old}))
 
     @rule(index=INDICES)
     def write_blocks_that_do_not_divide(self, index):
@@ -430,57 +436,67 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(option=st.sampled_from(PAIRS_OF_BAD), index=INDICES)
     def load_bad_option(self, option, index):
+        """It is loaded, as all that this optimizer may have saved; the next step refuses it."""
         name, value = option
         bad = self.optimizer.state_dict()
         group = bad["param_groups"][index % len(bad["param_groups"])]
-        if name in STORAGE and (self.group(index)[name] or any(self.group(index)[k] for k in STORAGE[:2])):
-            return  # it keeps its own
-        group[name] = value
-        self.check_load_raises(bad)
+        own = self.group(index)
+        keeps = name in STORAGE and (own[name] or any(own[k] for k in STORAGE[:2]))
+        old, group[name] = own[name], value
+        self.check_loads(bad, lambda: self.group(index).update({name: old}))
+        if keeps or name in ("foreach", "fused", "differentiable"):
+            assert bits(self.group(index)[name]) == bits(old)
 
-    @rule(
-        kind=st.sampled_from(["groups", "size", "no dict", "no state", "no groups", "entry", "no lr", "rounding", "guard"]),
-        index=INDICES,
-    )
-    def load_bad_groups(self, kind, index):
-        bad: Any = self.optimizer.state_dict()
-        groups = bad["param_groups"]
-        group = groups[index % len(groups)]
-        if kind == "groups":
-            groups.append({**copy.deepcopy(group), "params": [99]})
-        elif kind == "size":
-            group["params"].append(99)
-        elif kind == "no dict":
-            bad = list(bad)
-        elif kind in ("no state", "no groups"):
-            del bad["state" if kind == "no state" else "param_groups"]
-        elif kind == "entry":
-            bad["state"][99] = {"step": torch.ones(())}
+    @rule(kind=st.sampled_from(["entry", "no lr", "rounding", "guard", "further keys"]), index=INDICES)
+    def load_odd_groups(self, kind, index):
+        """What a user or a wrapper may have written is loaded."""
+        odd: Any = self.optimizer.state_dict()
+        group = odd["param_groups"][index % len(odd["param_groups"])]
+        kept = [{name: own[name] for name in (*STORAGE, *GUARD)} for own in self.optimizer.param_groups]
+        if kind == "entry":
+            odd["state"][99] = {"step": torch.ones(())}
+            odd["state"]["wrapper"] = 3
         elif kind == "no lr":
             del group["lr"]
         elif kind == "rounding":
-            if any(self.group(index)[name] for name in STORAGE[:2]):
-                return  # it keeps its own
             group.update(master_weights=True, stochastic_rounding=True)
         elif kind == "guard":
-            groups.append(copy.deepcopy(group)) if len(groups) == 1 else group.update(max_grad_norm=0.25)
+            group.update(max_grad_norm=0.25)
+        else:
+            group.update(initial_lr=0.5, note="a")
+            for state in odd["state"].values():
+                state["momentum_buffer"] = torch.ones(())
+        self.check_loads(odd, lambda: [own.update(k) for own, k in zip(self.optimizer.param_groups, kept, strict=True)])
+        for key in (99, "wrapper"):
+            self.optimizer.state.pop(key, None)
+
+    @rule(kind=st.sampled_from(["groups", "size", "no dict", "no state", "no groups"]), index=INDICES)
+    def load_bad_groups(self, kind, index):
+        bad: Any = self.optimizer.state_dict()
+        groups = bad["param_groups"]
+        if kind == "groups":
+            groups.append({**copy.deepcopy(groups[0]), "params": [99]})
+        elif kind == "size":
+            groups[index % len(groups)]["params"].append(99)
+        elif kind == "no dict":
+            bad = list(bad)
+        else:
+            del bad["state" if kind == "no state" else "param_groups"]
         self.check_load_raises(bad)
 
     @rule(
-        key=st.sampled_from(["exp_avg", "exp_avg_sq", "step", "foreign"]),
+        key=st.sampled_from(["exp_avg", "exp_avg_sq", "step"]),
         kind=st.sampled_from(["missing", "shape", "kind", "complex"]),
         index=INDICES,
     )
     def load_bad_state(self, key, kind, index):
-        """One entry of a parameter's state is missing, of another shape or kind, or not Lamb's."""
+        """One entry of a parameter's state is missing, or of another shape or kind."""
         if not any("exp_avg" in state for state in self.optimizer.state.values()):
             self.step_finite(9)
         bad = copy.deepcopy(self.optimizer.state_dict())
         full = [state for state in bad["state"].values() if "exp_avg" in state]
         state = full[index % len(full)]
-        if key == "foreign":
-            state["momentum_buffer"] = torch.ones(())
-        elif kind == "missing":
+        if kind == "missing":
             del state[key]
         elif kind == "shape":
             state[key] = torch.zeros((*state[key].shape, 2))
@@ -491,6 +507,15 @@ class Sequences(RuleBasedStateMachine):
         else:
             state[key] = torch.zeros(state[key].shape, dtype=torch.complex64)
         self.check_load_raises(bad)
+
+    def check_loads(self, odd: Any, undo: Callable[[], Any]) -> None:
+        """Assert that a dict is loaded, and that the next step is taken, or refused with nothing changed."""
+        given = bits_in(odd)
+        self.optimizer.load_state_dict(odd)
+        assert bits_in(odd) == given, "the caller's dict was changed"
+        give_grads(self.optimizer, 9)
+        self.check_step_or_undo(undo)
+        undo()
 
     def check_load_raises(self, bad: Any) -> None:
         given = []

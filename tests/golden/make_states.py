@@ -162,7 +162,7 @@ def make_pytorch_optimizer():
 def make_torch(name):
     import torch
 
-    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[name]
     make_real(name, name, "torch", lambda groups: optimizer(groups, lr=LR), decays=(0.0, 0.0))
 
 
@@ -196,7 +196,7 @@ def main():
         "torch_optimizer": make_torch_optimizer,
         "pytorch_optimizer": make_pytorch_optimizer,
         "mindspore": make_mindspore,
-        **{name: lambda name=name: make_torch(name) for name in ("adam", "adamw")},
+        **{name: lambda name=name: make_torch(name) for name in ("adam", "adamw", "radam")},
         **{name: lambda name=name: make_documented(name) for name in ("apex", "apex_mixed_precision", "deepspeed")},
     }
     if not sys.argv[1:] or set(sys.argv[1:]) - set(makers):

@@ -25,7 +25,8 @@ MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).remove
 
 # A module may import those on the lines above its own. `backends` is the protocol, above its implementations.
 ORDER = [
-    ["torchlamb.rule", "torchlamb.files", "torchlamb.sharding", "torchlamb.sharding.place"],
+    ["torchlamb.rule", "torchlamb.files", "torchlamb.plain", "torchlamb.names", "torchlamb.foreign"],
+    ["torchlamb.sharding", "torchlamb.sharding.place"],
     ["torchlamb.sharding.layout", "torchlamb.precision"],
     ["torchlamb.sharding.sums"],
     ["torchlamb.options", "torchlamb.bucket"],
@@ -35,7 +36,7 @@ ORDER = [
     ["torchlamb.backends"],
     ["torchlamb.guard"],
     ["torchlamb.state"],
-    ["torchlamb.last_step"],
+    ["torchlamb.last_step", "torchlamb.loading"],
     ["torchlamb.lamb"],
     ["torchlamb.checkpoint.files", "torchlamb.checkpoint.together"],
     ["torchlamb.checkpoint.shards"],

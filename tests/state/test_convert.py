@@ -433,7 +433,8 @@ def test_mindspore_alone():
     assert group["param_names"] == ["fc.weight", "fc.bias", "norm.gamma", "norm.beta"]
     assert group["lr"] == pytest.approx(0.1)
     net = mindspore_net()
-    torchlamb.Lamb(net.named_parameters()).load_state_dict(state_dict)
+    with pytest.warns(UserWarning, match="parameter 2 of group 0 is 'norm.weight' here and 'norm.gamma'"):
+        torchlamb.Lamb(net.named_parameters()).load_state_dict(state_dict)
     arrays["learning_rate"] = np.arange(20, dtype=np.float32)  # a list: the value of the step that comes next
     with pytest.warns(UserWarning, match="betas"):
         assert from_mindspore(arrays)["param_groups"][0]["lr"] == 7

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torchlamb.checkpoint import files, shards
 from torchlamb.checkpoint.together import is_distributed, on_first
 from torchlamb.files import sync
+from torchlamb.plain import plain
 from torchlamb.sharding.layout import is_dtensor
 
 __all__ = ["load", "more_of", "newest", "save"]
@@ -41,14 +42,15 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
         optimizer: any optimizer of its parameters
         keep: how many checkpoints stay, >= 1 (default: 3)
         more: what else the run needs to go on: numbers, strings, tensors, and lists and dicts of them, such as the state dict
-            of a scheduler or `torch.get_rng_state()`. Of several processes, that of the first.
+            of a scheduler or `torch.get_rng_state()`; numbers of NumPy are saved as plain ones. Of several processes, that of
+            the first.
 
     Returns:
         The new checkpoint: ``path/checkpoint-00000001-<checksum>.pt``, numbered on, or a folder of such a name.
 
     Raises:
         TypeError, ValueError: `keep` is no int, or less than 1; or something is neither tensor nor plain value, and could not
-            be loaded with ``weights_only=True``
+            be loaded with ``weights_only=True``: it says where that is
         OSError: it cannot be written, because the disk is full for example. The checkpoints that were there still are.
 
     Example:
@@ -69,9 +71,11 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, *
     saving = folder / (_SAVING + name)
     try:
         if is_distributed():
-            checksum = shards.write(saving, model, optimizer, more)
+            checksum = shards.write(saving, model, optimizer, plain(more))
         else:
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
+            state_dict = optimizer.state_dict()
+            state_dict = {**state_dict, "param_groups": plain(state_dict["param_groups"])}
+            content = {"model": model.state_dict(), "optimizer": state_dict, "more": plain(more)}
             checksum = files.write(saving, {"class": type(optimizer).__name__, **content})
         return on_first(lambda: _publish(saving, folder / f"{name}-{checksum}{'' if saving.is_dir() else '.pt'}", keep))
     except BaseException:
@@ -89,10 +93,13 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -
     Where torch.distributed is initialized, all processes must call this. What several have saved, any number can load, whatever
     the shards are, and one without torch.distributed.
 
+    Where optimizer and checkpoint have the same names of parameters, each once in its group, names tell which is which; else
+    positions do, with a warning if names differ. What wrappers put around names (``module.``, ``_orig_mod.``) does not matter.
+
     Args:
         path: the folder that was given to `save`, or one checkpoint in it
         model: of the same shapes
-        optimizer: of its parameters in the same order
+        optimizer: of its parameters, in the same order unless they have names
 
     Returns:
         What was given to `save` as `more`.
@@ -120,9 +127,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -
     if any(is_dtensor(p) for p in model.parameters()):
         raise ValueError(f"{source} was saved by one process; load it before the model is sharded")
     files.check_class(saved["class"], optimizer, source)
-    files.check_model({k: getattr(v, "shape", None) for k, v in saved["model"].items()}, model.state_dict(), source)
-    optimizer.load_state_dict(saved["optimizer"])
-    model.load_state_dict(saved["model"])
+    weights = files.as_named(saved["model"], model.state_dict())
+    files.check_model({k: getattr(v, "shape", None) for k, v in weights.items()}, model.state_dict(), source)
+    optimizer.load_state_dict(files.as_ordered(saved["optimizer"], optimizer))
+    model.load_state_dict(weights)
     return saved["more"]  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchlamb.names import bare, by_name
+from torchlamb.options import warn_caller
+from torchlamb.plain import first_not_plain
+
 SUMS = "SHA256SUMS"  # of a folder's other files, as `sha256sum` writes and checks them
 PLAIN = "plain.pt"  # of a folder: what is no shard
 DIGITS = 16  # of the checksum that the name has: of the file, or of a folder's SHA256SUMS
@@ -31,10 +35,10 @@ def write(file: Path, content: dict[str, Any]) -> str:
             opened.flush()
             os.fsync(opened.fileno())
         torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError) as error:
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             "model, optimizer and what else is saved must be of tensors, numbers, strings, lists and dicts, or it could not be "
-            f"loaded again: {error}"
+            f"loaded again: {first_not_plain(content) or error}"
         ) from error
     return hashing.digest.hexdigest()[:DIGITS]
 
@@ -79,6 +83,26 @@ def check_class(saved: str, optimizer: Optimizer, source: Path) -> None:
             f"{source} is of {saved}, and the optimizer is {type(optimizer).__name__}; give the one that was saved, or load "
             "its state dict by hand"
         )
+
+
+def as_ordered(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state dict in the order of its parameters, as far as names tell; warn where they differ."""
+    groups, own = saved["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
+        return saved  # which the optimizer refuses
+    ordered, disagreement = by_name(groups, own)
+    if disagreement is not None:
+        warn_caller(disagreement)
+    return {**saved, "param_groups": ordered}
+
+
+def as_named(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a model's state dict with the names that the model has, where only what wrappers put around them differs."""
+    names = {bare(name): name for name in own}
+    bares = {bare(name) for name in saved}
+    if saved.keys() == own.keys() or bares != names.keys() or len(bares) != len(saved) or len(names) != len(own):
+        return saved
+    return {names[bare(name)]: value for name, value in saved.items()}
 
 
 def check_model(saved: Mapping[str, Any], own: Mapping[str, Any], source: Path) -> None:

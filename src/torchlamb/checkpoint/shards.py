@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torchlamb.checkpoint import files
 from torchlamb.checkpoint.together import on_first, together
 from torchlamb.files import sync
+from torchlamb.plain import plain as as_plain
 from torchlamb.state import NUMBERS
 
 
@@ -29,11 +30,13 @@ def write(saving: Path, model: nn.Module, optimizer: Optimizer, more: dict[str, 
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-    rank, params = torch.distributed.get_rank(), _params_of(optimizer)
+    rank = torch.distributed.get_rank()
     weights, weights_plain = _split(get_model_state_dict(model))
     state_dict = optimizer.state_dict()
-    state, state_plain = _split({f"{i}.{key}": v for i, of in state_dict.pop("state").items() for key, v in of.items()})
-    kinds = _agreed({key: (tuple(t.shape), t.dtype) for key, t in state.items()}, [tuple(p.shape) for p in params])
+    params, states = _params_of(state_dict["param_groups"], optimizer), state_dict.pop("state")
+    others = {key: value for key, value in states.items() if key not in params}  # of nobody's, or a wrapper's
+    state, state_plain = _split({f"{i}.{key}": v for i in params if i in states for key, v in states[i].items()})
+    kinds = _agreed({key: (tuple(t.shape), t.dtype) for key, t in state.items()}, [tuple(p.shape) for p in params.values()])
     # Processes that had no gradient of a parameter may lack its state.
     state = {key: state[key] if key in state else _empty(key, kind, params) for key, kind in kinds.items()}
     with files.writing(saving):
@@ -44,7 +47,7 @@ def write(saving: Path, model: nn.Module, optimizer: Optimizer, more: dict[str, 
     plain = {
         "class": type(optimizer).__name__,
         "model": {"shapes": {name: tuple(t.shape) for name, t in weights.items()}, "plain": weights_plain},
-        "optimizer": {"kinds": kinds, "plain": state_plain, "rest": state_dict},
+        "optimizer": {"kinds": kinds, "plain": state_plain, "others": others, "rest": as_plain(state_dict)},
         "more": more,
     }
     on_first(lambda: files.write(saving / files.PLAIN, plain))
@@ -70,7 +73,7 @@ def read(source: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
     plain = together(lambda: files.read(source / files.PLAIN, "class", "model", "optimizer", "more"))[0]
-    saved, params = plain["optimizer"], _params_of(optimizer)
+    saved = plain["optimizer"]
     own, _ = _split(get_model_state_dict(model))
     files.check_class(plain["class"], optimizer, source)
     files.check_model(plain["model"]["shapes"], own, source)
@@ -79,6 +82,8 @@ def read(source: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
         raise ValueError(
             f"{source} has groups of {counts[0]} parameters, and the optimizer of {counts[1]}; give what was saved"
         )
+    rest = files.as_ordered(saved["rest"], optimizer)
+    params = _params_of(rest["param_groups"], optimizer)
     weights = {name: torch.empty_like(t) for name, t in own.items()}
     state = {key: _empty(key, kind, params) for key, kind in saved["kinds"].items()}
     with warnings.catch_warnings():
@@ -88,13 +93,15 @@ def read(source: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
     for key, value in {**state, **saved["plain"]}.items():
         index, _, name = key.partition(".")
         by_param.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**saved["rest"], "state": by_param})
+    optimizer.load_state_dict({**rest, "state": {**by_param, **saved.get("others", {})}})
     set_model_state_dict(model, {**weights, **plain["model"]["plain"]})
     return plain["more"]  # type: ignore[no-any-return]
 
 
-def _params_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _params_of(groups: list[dict[str, Any]], optimizer: Optimizer) -> dict[int, Tensor]:
+    """Return an optimizer's parameters by their keys in the groups of a state dict."""
+    keys = [key for group in groups for key in group["params"]]
+    return dict(zip(keys, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -115,7 +122,7 @@ def _agreed(kinds: dict[str, Any], shapes: list[tuple[int, ...]]) -> dict[str, A
     return {key: kind for own, _ in of_processes for key, kind in own.items()}
 
 
-def _empty(key: str, kind: tuple[tuple[int, ...], torch.dtype], params: list[Tensor]) -> Tensor:
+def _empty(key: str, kind: tuple[tuple[int, ...], torch.dtype], params: Mapping[int, Tensor]) -> Tensor:
     """Return zeros for a state tensor, sharded as its parameter is if it has its shape."""
     index, _, name = key.partition(".")
     (shape, dtype), param = kind, params[int(index)]

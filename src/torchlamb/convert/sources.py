@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchlamb.foreign import adam_notes
+
 Options = dict[str, Any]
 # Options of Lamb, and the differences from the peer's rule that they leave.
 Translated = tuple[Options, list[str]]
@@ -54,15 +56,8 @@ COMMON = ("params", "lr", "betas", "eps", "weight_decay")
 
 
 def _adam(group: Mapping[str, Any], _: Mapping[str, Any]) -> Translated:
-    notes = ["its lr is the length of each element's step; Lamb's is a share of each tensor's norm: tune it again"]
-    if group["amsgrad"]:
-        notes.append("amsgrad: the largest second moments (max_exp_avg_sq) are dropped")
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        notes.append("Adam's decay is in its moments; from here on it is in the update")
-    elif group["weight_decay"]:
-        notes.append("AdamW's decay, lr * weight_decay * param, is outside the update; in Lamb it is inside, before the ratio")
     # What is not about its moments is left to the optimizer that loads this.
-    return {"bias_correction": True, "grad_averaging": True, "maximize": bool(group.get("maximize"))}, notes
+    return {"bias_correction": True, "grad_averaging": True, "maximize": bool(group.get("maximize"))}, adam_notes(group)
 
 
 def _clipped_lamb(group: Mapping[str, Any], arguments: Mapping[str, Any], adapts: bool) -> Options:
@@ -162,6 +157,14 @@ _NVLAMB = {"use_nvlamb": False, "adam_w_mode": True, **_CLIPS}
 SOURCES: Mapping[str, Source] = {
     "adam": Source("torch.optim.Adam", ("amsgrad",), "state", _adam, dropped=_TORCH),
     "adamw": Source("torch.optim.AdamW", ("amsgrad",), "state", _adam, dropped=_TORCH),
+    "radam": Source(
+        "torch.optim.RAdam",
+        ("decoupled_weight_decay",),
+        "state",
+        _adam,
+        dropped=_TORCH,
+        absent=("amsgrad", "momentum_decay"),
+    ),
     "apex": Source("apex.optimizers.FusedLAMB", _APEX, "group", _apex, _NVLAMB),
     "apex_mixed_precision": Source("apex.optimizers.FusedMixedPrecisionLamb", _APEX, "group", _apex_mixed_precision, _NVLAMB),
     "timm": Source("timm.optim.Lamb", (*_APEX, *_TIMM), "group", _timm, _CLIPS, dropped=_TIMM_LATER),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchlamb.convert.sources import COMMON, SOURCES, Source, looks_like
+from torchlamb.foreign import why_state_refused
 from torchlamb.lamb import Lamb
 
 StateDict = dict[str, Any]
@@ -21,6 +22,7 @@ StateDict = dict[str, Any]
 # Of a group of Lamb: all options, and those whose absence in AdamW changes what is computed.
 _OPTIONS = set(inspect.signature(Lamb).parameters) - {"params"}
 _WITHOUT_COUNTERPART = ("phi_bounds", "trust_ratio_bounds", "grad_centralization", "max_grad_norm", "skip_nonfinite")
+_WRAPPED = ("adam", "adamw", "radam")
 _REMEDY = "give what its state_dict() returned"
 _OURS = Source(
     "torchlamb.Lamb",
@@ -39,7 +41,7 @@ def to_lamb(state_dict: Mapping[str, Any], source: str, arguments: Mapping[str, 
     Args:
         state_dict: what the other optimizer's ``state_dict()`` returned; it is not changed, and its tensors are shared. Of
             DeepSpeed also that of the wrapper around it, whose float32 parameters become masters.
-        source: "adam", "adamw", "apex" (FusedLAMB), "apex_mixed_precision" (FusedMixedPrecisionLamb), "deepspeed"
+        source: "adam", "adamw", "radam", "apex" (FusedLAMB), "apex_mixed_precision" (FusedMixedPrecisionLamb), "deepspeed"
             (FusedLamb), "pytorch_optimizer", "timm" or "torch_optimizer"
         arguments: what was given to its constructor and is not in its state dicts: `use_nvlamb` and `adam_w_mode` of Apex,
             `max_grad_norm` of Apex and timm where that of their groups is another, `eps_inside_sqrt` of DeepSpeed,
@@ -94,6 +96,8 @@ def to_lamb(state_dict: Mapping[str, Any], source: str, arguments: Mapping[str, 
                 old = inner["state"][key]
                 step = group["step"] if peer.step_in == "group" else old["step"]
                 state[key] = {"step": _step(step), "exp_avg": old["exp_avg"], "exp_avg_sq": old["exp_avg_sq"]}
+                if source in _WRAPPED:  # whose states may have more in them, of wrappers
+                    state[key] = {**old, **state[key]}
                 if key in masters:
                     state[key]["master"] = masters[key]
     if len({group.get("max_grad_norm") for group in groups}) > 1:
@@ -223,6 +227,9 @@ def _check_options(options: Mapping[str, Any], i: int, peer: Source) -> None:
 
 
 def _check_entry(entry: Mapping[str, Any], name: str, peer: Source) -> None:
+    reason = None if peer is _OURS else why_state_refused(entry, name)
+    if reason is not None:
+        raise ValueError(reason)
     for part in ("exp_avg", "exp_avg_sq", *(("step",) if peer.step_in == "state" else ())):
         if part not in entry:
             if peer is _OURS and "exp_avg" not in entry:  # a seed or a master, before the first step

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from torchlamb.sharding.place import Place, Start
 
@@ -65,6 +66,8 @@ def layout_of(param: Any, blocks: int, keyed: bool) -> Layout:
     Raises:
         NotImplementedError: the rows of a block that lie here do not follow each other
     """
+    if is_lazy(param):
+        return WHOLE  # until it has a shape
     groups = groups_of(param)
     if not groups:
         return WHOLE if blocks == 1 else Layout(_equal_parts(local(param.detach()), blocks))
@@ -192,7 +195,7 @@ def why_flat(params: Sequence[Tensor], began: tuple[int, int]) -> str | None:
         params: of the group now
         began: how many there were when the group was added, and how many dims the first of them had
     """
-    if len(params) != 1 or params[0].dim() != 1 or is_dtensor(params[0]) or began == (1, 1):
+    if len(params) != 1 or began == (1, 1) or is_lazy(params[0]) or params[0].dim() != 1 or is_dtensor(params[0]):
         return None
     return (
         f"held {began[0]} parameters, the first with {began[1]} dims, and now holds one flat tensor, in which the layers that "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from torchlamb.rule import SUMS
 from torchlamb.sharding.layout import Groups, Layout, groups_of, is_dtensor, is_plain, layout_of, local
@@ -28,13 +29,15 @@ class Identity(NamedTuple):
     """How to tell that a parameter is still the one that a layout was made for, without a reference to it."""
 
     number: int  # of the object; parameters are swapped in place, which weak references would forbid
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None of a lazy one, which is looked at again when it has a shape
     spec: object  # of a DTensor: its mesh, placements, shape and dtype
     shape: torch.Size | None  # where blocks depend on it
 
     @classmethod
     def of(cls, param: Tensor, blocks: int) -> Identity:
         """Return that of a parameter of a group with so many blocks."""
+        if is_lazy(param):
+            return cls(id(param), None, None, None)
         return cls(id(param), param.dtype, getattr(param, "_spec", None), param.shape if blocks > 1 else None)
 
 

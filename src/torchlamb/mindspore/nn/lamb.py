@@ -239,7 +239,7 @@ class Lamb(lamb.Lamb):
             if isinstance(rate, DYNAMIC) and lr == written:
                 lr = value_at(rate, self.global_step)
             elif not isinstance(lr, Tensor):
-                check_number(f"param_groups[{i}]['lr']", lr, least=0)
+                check_number(f"param_groups[{i}]['lr']", lr)  # negative ones are stepped with, as torch does
             lrs.append(lr)
         return lrs
 
