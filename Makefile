@@ -70,12 +70,13 @@ dist: .venv/all.stamp
 	cd $(FRESH) && bin/python -c 'import torchlamb; assert torchlamb.__file__.startswith("$(CURDIR)/$(FRESH)"), torchlamb.__file__'
 	cd $(FRESH) && bin/python -m pytest -c $(CURDIR)/pyproject.toml -m "not slow" $(CURDIR)/tests
 
-# The kernels with the address and undefined behaviour sanitizers, on every combination of dtypes and options.
+# The kernels with the address and undefined behaviour sanitizers, on every combination of dtypes and options, and for a minute
+# on odd tensors.
 sanitize: .venv/test.stamp
 	cmake -S src/torchlamb/backends/csrc -B build/sanitized -DTORCHLAMB_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
 	cmake --build build/sanitized
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python tests/kernels/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so
+		$(BIN)/python tests/kernels/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so 60
 
 .venv/docs.stamp: .venv/torch.stamp
 	$(PIP) install -q -c constraints.txt -e '.[docs]'

@@ -1,4 +1,6 @@
-"""Step on kernels built with sanitizers: python tests/sanitized_kernels.py LIBRARY, with libasan in LD_PRELOAD.
+"""Step on kernels built with sanitizers: python tests/sanitized_kernels.py LIBRARY [SECONDS], with libasan in LD_PRELOAD.
+
+Every combination of dtypes and options, and then for so many seconds what `odd_tensors.py` draws.
 
 A read or write outside a tensor, or undefined behaviour, ends the process with a message; exit
 status 0 means that there was none.
@@ -69,7 +71,7 @@ def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=dtype), tensor.to(dtype)])[1:]
 
 
-def main(path: str) -> None:
+def main(path: str, seconds: float = 0.0) -> None:
     """Put the library's functions in the place of those that are installed, and step."""
     cpu.library.load()
     if not cpu.library.isa:
@@ -88,7 +90,11 @@ def main(path: str) -> None:
         for (param, grad, storage), blocks in itertools.product(COMBINATIONS, (1, 2)):
             step_with(param, grad, {**storage, **next(options)}, blocks)
         sys.stdout.write(f"{isa}: {2 * len(COMBINATIONS)} combinations\n")
+    if seconds:
+        import odd_tensors  # with Hypothesis, which the rest does without
+
+        sys.stdout.write(f"{odd_tensors.search(seconds, 0, apart=False)} odd examples\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(float, sys.argv[2:]))
