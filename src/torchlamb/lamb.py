@@ -55,7 +55,7 @@ class Lamb(Optimizer):
         params: iterable of parameters, of (name, parameter) pairs, or of dicts that define parameter groups. Any floating-point
             or complex dtype, any shape and strides.
         lr: learning rate, the length of a step relative to the parameter's norm; a finite number >= 0, or a tensor with one
-            element (default: 1e-3)
+            element. What schedulers write later may be negative; within rounding of 0 it is 0 (default: 1e-3)
         betas: decay rates of the first and second moment, both in [0, 1) (default: (0.9, 0.999))
         eps: added to the root of the second moment, >= 0 (default: 1e-6)
         weight_decay: factor of the parameter in its own update, before the ratio is taken, >= 0 (default: 0.0)
