@@ -74,6 +74,8 @@ def normalise(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as plain values where they are good ones, and as they are where `check` would refuse them."""
     normal = dict(options)
     for name in _WRITTEN.keys() & options.keys():
+        if isinstance(options[name], Tensor):
+            continue  # which would be read back from its device
         with contextlib.suppress(TypeError, ValueError):
             normal[name] = _WRITTEN[name](name, options[name])
     return normal
