@@ -287,7 +287,7 @@ seen = set()
 for _ in range(8):
     flat = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     if kind == "same":
-        params = [nn.Parameter(flat[:100_000].clone())] * 2
+        params = [nn.Parameter(flat.clone())] * 4
     else:
         params = [nn.Parameter(flat[:100_000]), nn.Parameter(flat[50_000:150_000]), nn.Parameter(flat[200_000:])]
     before = [p.detach().clone() for p in params]
