@@ -7,6 +7,7 @@ checks them or hands them on goes by the declaration. Backends see buckets and n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from torchlamb import rule
+from torchlamb.gate import Admission
 from torchlamb.precision import cast, pieces, weight
 from torchlamb.rule import PARAM_SQ, SUMS, Scalars
-from torchlamb.sharding.layout import Groups, Layout, local
+from torchlamb.sharding.layout import Groups, Layout, is_plain, local
 from torchlamb.sharding.place import Place
 from torchlamb.sharding.sums import Plan, local_grads
 
@@ -63,6 +65,7 @@ class Bucket:
     host_may_read: bool = True  # step counts and seeds; else they stay tensors, and nothing is read back
     grad_factor: float | Tensor = 1.0  # sign, clip coefficient and loss scale in one; 0-dim where a tensor
     skip: Tensor | None = None  # 0-dim bool: keep every old value
+    why_eager: str | None = None  # why kernels cannot have the tensors, if they cannot
     is_guarded: bool = False  # keep the parameters whose norms are not finite
 
     def __len__(self) -> int:
@@ -88,22 +91,13 @@ class Bucket:
         return getattr(self, column.name)  # type: ignore[no-any-return]
 
     def check(self) -> None:
-        """Raise if a step count is out of reach, or a tensor has no memory on a CPU, which kernels would not notice.
+        """Raise if a step count is out of reach.
 
         Raises:
             RuntimeError: with the parameter's position in the optimizer
         """
         if self.steps[0].device not in (self.device, torch.device("cpu")):  # one device for all of them
             raise RuntimeError(f"the step of parameter {self.indices[0]} is on {self.steps[0].device}, and it on {self.device}")
-        if self.device.type == "cpu":
-            for column in _OF_ELEMENTS:
-                for index, t in zip(self.indices, self.column(column), strict=False):
-                    size = t.numel()  # an empty shard may begin behind the end of what it is a shard of
-                    if size and t.untyped_storage().nbytes() < (t.storage_offset() + size) * t.itemsize:
-                        raise RuntimeError(
-                            f"a tensor of parameter {index} is larger than its storage, which was freed or resized; restore it "
-                            "before step()"
-                        )
 
     def new_sums(self) -> Tensor:
         """Return zeros (rows, SUMS), for what `accumulate` adds up."""
@@ -134,7 +128,6 @@ class Bucket:
 
 
 COLUMNS = tuple(Column(f.name, *f.metadata["column"]) for f in fields(Bucket) if "column" in f.metadata)
-_OF_ELEMENTS = tuple(column for column in COLUMNS if not column.is_number)
 _OF_ROWS = ("indices", *(column.name for column in COLUMNS), "places")
 # Of a row in the making: its parameter's position, a tensor of each column, its place.
 _PARAM, _STEP, _SEED = (_OF_ROWS.index(name) for name in ("params", "steps", "seeds"))
@@ -165,17 +158,22 @@ def sort_into_buckets(
     columns: Columns,  # of local tensors
     indices: Sequence[int],  # positions of the parameters in the optimizer
     layouts: Sequence[Layout],  # of all the optimizer's parameters
+    admissions: Sequence[Admission],  # to kernels, of each; none where all are admitted at once
     capturable: bool,
 ) -> list[Bucket]:
-    """Return the parameters of one group in buckets of one device, size class, set of dtypes and of process groups."""
+    """Return the parameters of one group in buckets of one device, size class, set of dtypes and of process groups.
+
+    Those that kernels cannot have are apart, by reason, and those that share memory are never in one bucket.
+    """
     rows_of: dict[tuple[object, ...], list[tuple[Any, ...]]] = {}
     dtypes = zip(*([t.dtype for t in columns[column.name]] for column in COLUMNS if column.dtype is None), strict=True)
-    for row, row_dtypes in zip(zip(indices, *columns.values(), strict=True), dtypes, strict=True):
+    table = zip(indices, *columns.values(), strict=True)
+    for row, row_dtypes, admission in zip(table, dtypes, admissions or itertools.repeat(None, len(indices)), strict=True):
         layout, param, seed = layouts[row[0]], row[_PARAM], row[_SEED]
         device = param.device
         small = param.numel() <= SMALL and device.type == "cpu"
         # Which optional columns there are follows from the group and the parameter's dtype.
-        key = (small, device, row[_STEP].device, layout.groups, row_dtypes)
+        key = (small, device, row[_STEP].device, layout.groups, row_dtypes, admission)
         rows = rows_of.get(key)
         if rows is None:
             rows = rows_of[key] = []
@@ -198,7 +196,7 @@ def _rows_of_parts(row: Sequence[Any], layout: Layout) -> Iterator[tuple[Any, ..
 
 
 def _bucket(scalars: Scalars, key: tuple[Any, ...], rows: Sequence[tuple[Any, ...]], capturable: bool) -> Bucket:
-    small, device, step_device, groups, (param_dtype, *_) = key
+    small, device, step_device, groups, (param_dtype, *_), admission = key
     names = (*(column.name for column in COLUMNS), "places")
     optional = {column.name for column in COLUMNS if column.optional} | {"places"}
     indices, *lists = map(list, zip(*rows, strict=True))
@@ -212,7 +210,8 @@ def _bucket(scalars: Scalars, key: tuple[Any, ...], rows: Sequence[tuple[Any, ..
         is_small=small,
         is_complex=param_dtype.is_complex,
         process_groups=groups,
-        host_may_read=not capturable and step_device.type == "cpu",
+        host_may_read=not capturable and step_device.type == "cpu" and is_plain(columns["steps"][0]),
+        why_eager=None if admission is None else admission.why_not,
         grad_factor=-1.0 if scalars.maximize else 1.0,
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchlamb import rule
 from torchlamb.backends import Work
 from torchlamb.bucket import Bucket
+from torchlamb.sharding.layout import is_plain
 from torchlamb.sharding.sums import Plan, Rows
 
 
@@ -88,8 +89,10 @@ def _host_may_read(skip: Tensor, work: Work, plan: Plan, groups: Sequence[dict[s
         return True  # through a step that is selected away, autograd would pass 0 x NaN on
     if plan.is_sharded:
         # Every process must decide alike, whatever gradients it has: one that returns early leaves out a collective.
-        return skip.is_cpu and not any(group["capturable"] for group in groups)
-    return skip.is_cpu and not torch.compiler.is_compiling() and all(bucket.host_may_read for _, bucket in work)
+        return skip.is_cpu and is_plain(skip) and not any(group["capturable"] for group in groups)
+    return (
+        skip.is_cpu and is_plain(skip) and not torch.compiler.is_compiling() and all(bucket.host_may_read for _, bucket in work)
+    )
 
 
 def _over_all_processes(work: Work, plan: Plan, guarded: bool, found_inf: Tensor | None) -> tuple[Rows, Tensor | None]:

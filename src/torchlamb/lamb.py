@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 
 from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import COLUMNS, Bucket, is_small, make_local_, new_columns, sort_into_buckets, sums_without_grad
+from torchlamb.gate import Gate, why_not
 from torchlamb.guard import guard, is_guarded
 from torchlamb.last_step import LastStep
 from torchlamb.loading import read
@@ -169,6 +171,7 @@ class Lamb(Optimizer):
         }
         self._last = LastStep()
         self._plan = NO_PLAN
+        self._gate = Gate()
         self._began: list[tuple[int, int]] = []  # of each group: parameters, and dims of the first, when it was added
         super().__init__(params, check(defaults))
         if is_guarded(defaults):
@@ -311,8 +314,8 @@ class Lamb(Optimizer):
             check_params({**options, "params": params}, len(self.param_groups))
             tensors = [p for p in map(_param_of, params) if isinstance(p, Tensor)]
             prepare({p.device for p in tensors})
-            for device, dtype in {(p.device, p.dtype.to_real()) for p in tensors if can_step(p.dtype)}:
-                resolve(options, device, [dtype], small=False)
+            for device, dtype, refused in {(p.device, p.dtype.to_real(), why_not(p)) for p in tensors if _can_be_asked(p)}:
+                resolve(options, device, [dtype], small=False, refused=refused)
             warn_of_misspelt(param_group, self.param_groups)
             param_group.update(options, params=params)
         super().add_param_group(param_group)
@@ -387,6 +390,7 @@ class Lamb(Optimizer):
         prepare({p.device for group in self.param_groups for p in group["params"]})
         self._last = LastStep()
         self._plan = NO_PLAN
+        self._gate = Gate()
         self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -395,9 +399,9 @@ class Lamb(Optimizer):
     def __repr__(self) -> str:
         lines = ["Backends"]
         for i, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if can_step(p.dtype) and not is_lazy(p)]
-            for device, dtype, small in sorted({(p.device, p.dtype.to_real(), is_small(p)) for p in params}, key=str):
-                backend, why = resolve(group, device, [dtype], small)
+            kinds = {(p.device, p.dtype.to_real(), is_small(p), why_not(p)) for p in group["params"] if _can_be_asked(p)}
+            for device, dtype, small, refused in sorted(kinds, key=str):
+                backend, why = resolve(group, device, [dtype], small, refused)
                 line = f"    group {i}, {device}: {backend.__name__.rpartition('.')[2]} ({why})"
                 if line != lines[-1]:
                     lines.append(line)
@@ -418,14 +422,16 @@ class Lamb(Optimizer):
             make_local_(filled)
         work: Work = []
         start = 0
-        for group, columns in zip(self.param_groups, filled, strict=True):
+        for number, (group, columns) in enumerate(zip(self.param_groups, filled, strict=True)):
+            for row in self._gate.grads_to_copy[number]:
+                columns["grads"][row] = columns["grads"][row].clone()
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
             scalars = Scalars.from_group({**group, "lr": lr_of(group, self.defaults["lr"])})
-            for bucket in sort_into_buckets(scalars, columns, indices, self._plan.layouts, group["capturable"]):
-                if not torch.compiler.is_compiling():  # which traces tensors that have no memory
-                    bucket.check()
-                work.append((resolve(group, bucket.device, bucket.dtypes, bucket.is_small)[0], bucket))
+            admissions = self._gate.admissions[number]
+            for bucket in sort_into_buckets(scalars, columns, indices, self._plan.layouts, admissions, group["capturable"]):
+                bucket.check()
+                work.append((resolve(group, bucket.device, bucket.dtypes, bucket.is_small, bucket.why_eager)[0], bucket))
         return work
 
     def _init_group(self, group: dict[str, Any], *columns: list[Any]) -> bool:
@@ -498,18 +504,27 @@ class Lamb(Optimizer):
                 raise NotImplementedError(f"group {i} {reason}")
             if not known:
                 check_params(group, i)
-            check_grads(group, i)
-            check_state(group, self.state, i)
+            self._gate.look(i, group, self.state, partial(self._check_group, i))
         for group, options in zip(self.param_groups, checked, strict=True):
             store_plain_(group, options)
         if not known:  # only now: what it was made for has been checked
             self._plan = Plan.of(self.param_groups)
         self._keep_record()
 
+    def _check_group(self, i: int) -> None:
+        group = self.param_groups[i]
+        check_grads(group, i)
+        check_state(group, self.state, i)
+
 
 # What torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds: when a step is traced, this is
 # not, but run.
 Lamb._check_step._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _can_be_asked(param: Tensor) -> bool:
+    """Return whether a parameter has a dtype that can be stepped, and a shape yet."""
+    return can_step(param.dtype) and not is_lazy(param)
 
 
 def _param_of(entry: Any) -> Any:

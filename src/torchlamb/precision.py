@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchlamb.sharding.layout import is_plain
 from torchlamb.sharding.place import Place, memory_order
 
 # Elements in a piece, for each thread that shares it: half a MiB of float32. Measured: docs/log.md.
@@ -72,10 +73,10 @@ def pieces(*tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     """Cut tensors of one shape into matching pieces that fit in a CPU's cache; each piece views its tensor's memory.
 
     What makes eager arithmetic slow on a CPU is temporaries as large as the tensors, which fall out of the cache and fault in
-    fresh pages. Elsewhere, in small tensors and in layouts that do not match, the one piece is the whole tensor.
+    fresh pages. Elsewhere, in small tensors, in subclasses and in layouts that do not match, the one piece is the whole tensor.
     """
     first = tensors[0]
-    if not first.is_cpu or first.numel() <= piece_size():
+    if not first.is_cpu or first.numel() <= piece_size() or not all(map(is_plain, tensors)):
         return [tensors]
     order = memory_order(first)
     in_order = [t.permute(order) for t in tensors]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchlamb import precision
 from torchlamb.backends import counts_on_device, resolve
+from torchlamb.gate import why_not
 from torchlamb.guard import is_guarded
 from torchlamb.options import can_step, check_params
 
@@ -115,12 +116,12 @@ def check_state(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]
             fits = _fits(state, shape, device)
         if not fits:
             raise _misfit(group, group_index, i, state or {})
-        kinds.add((device, param.dtype, grad.dtype))
-    for _, dtype, _ in kinds:
+        kinds.add((device, param.dtype, grad.dtype, why_not(param) or why_not(grad)))
+    for _, dtype, _, _ in kinds:
         if not can_step(dtype):
             check_params(group, group_index)  # which says of which parameter
-    for device, *dtypes in kinds if group["fused"] else ():
-        resolve(dict(group), device, [dtype.to_real() for dtype in dtypes], small=False)
+    for device, param_dtype, grad_dtype, refused in kinds if group["fused"] or group["foreach"] else ():
+        resolve(dict(group), device, [param_dtype.to_real(), grad_dtype.to_real()], small=False, refused=refused)
 
 
 def _fits(state: Mapping[str, Any], shape: torch.Size, device: torch.device) -> bool:

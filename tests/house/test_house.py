@@ -27,8 +27,9 @@ MODULES = [".".join(path.relative_to(ROOT / "src").with_suffix("").parts).remove
 ORDER = [
     ["torchlamb.rule", "torchlamb.files", "torchlamb.plain", "torchlamb.names", "torchlamb.foreign"],
     ["torchlamb.sharding", "torchlamb.sharding.place"],
-    ["torchlamb.sharding.layout", "torchlamb.precision"],
-    ["torchlamb.sharding.sums"],
+    ["torchlamb.sharding.layout"],
+    ["torchlamb.precision"],
+    ["torchlamb.sharding.sums", "torchlamb.gate"],
     ["torchlamb.options", "torchlamb.bucket"],
     ["torchlamb.backends.eager", "torchlamb.backends.fused", "torchlamb.backends.gpu_kernels"],
     ["torchlamb.backends.single", "torchlamb.backends.foreach"],

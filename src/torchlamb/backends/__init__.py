@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchlamb.backends import cpu, foreach, gpu, single
 from torchlamb.bucket import SMALL, Bucket
+from torchlamb.gate import NEGATIVE
 
 
 class Backend(Protocol):
@@ -61,7 +62,9 @@ def counts_on_device(group: Mapping[str, Any], device: torch.device) -> bool:
     return kernels_of(device, [])[1] is None
 
 
-def resolve(group: dict[str, Any], device: torch.device, dtypes: Sequence[torch.dtype], small: bool) -> tuple[Backend, str]:
+def resolve(
+    group: dict[str, Any], device: torch.device, dtypes: Sequence[torch.dtype], small: bool, refused: str | None = None
+) -> tuple[Backend, str]:
     """Return the backend for a group's small or large parameters on a device, and why it was chosen.
 
     Args:
@@ -69,21 +72,27 @@ def resolve(group: dict[str, Any], device: torch.device, dtypes: Sequence[torch.
         device: of the parameters
         dtypes: of the real parameters, and of their gradients and moments where there are any yet
         small: whether none has more than `SMALL` elements
+        refused: why kernels cannot have the tensors for what they are
 
     Raises:
-        RuntimeError: fused=True cannot be honoured
+        RuntimeError: fused=True or foreach=True cannot be honoured
     """
     if group["differentiable"]:
         return single, "differentiable=True: autograd has to see every operation"
     if group["foreach"] is not None:
+        if group["foreach"] and refused == NEGATIVE:
+            raise RuntimeError(f"foreach=True: torch has no such operations on a parameter if {refused}, or leave foreach=None")
         return foreach if group["foreach"] else single, f"foreach={group['foreach']} was asked for"
     kernels, why_not = kernels_of(device, dtypes)
+    why_not = why_not or refused
     if group["fused"] is not False and why_not is None:
         asked = "was asked for" if group["fused"] else "kernels for this device"
         how = f", with {cpu.library.isa} instructions" if kernels is cpu else ", in Triton"
         return kernels, f"fused={group['fused']}: {asked}{how}"
     if group["fused"]:
         raise RuntimeError(f"fused=True: no kernels, {why_not}; leave fused=None, or set foreach=True")
+    if refused is not None:
+        return single, f"no kernels, {refused}; one tensor after the other, as torch's own optimizers do then"
     instead = "fused=False was asked for" if group["fused"] is False else f"no kernels, {why_not}"
     if device.type == "cpu" and small:
         return foreach, f"{instead}; on a CPU, tensors of up to {SMALL:,} elements were measured faster many in one call"

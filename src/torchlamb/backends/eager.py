@@ -14,6 +14,7 @@ from torchlamb import rule
 from torchlamb.bucket import Bucket
 from torchlamb.precision import Draw, cast, weight
 from torchlamb.precision import pieces as pieces_of
+from torchlamb.sharding.layout import is_plain
 
 Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # param, grad, exp_avg, exp_avg_sq, master
 
@@ -25,7 +26,7 @@ def count_step_(bucket: Bucket) -> None:
     if bucket.skip is not None:
         # As a list: given one tensor to add to all, torch reads it back.
         torch._foreach_add_(steps, [(~bucket.skip).to(steps[0].dtype)] * len(steps))
-    elif steps[0].is_cpu and not torch.compiler.is_compiling():
+    elif steps[0].is_cpu and is_plain(steps[0]) and not torch.compiler.is_compiling():
         one = torch.ones((), device="cpu")  # torch would make a tensor of the number once for each step count
         torch._foreach_add_(steps, one)
     else:

@@ -56,7 +56,7 @@ def step(bucket: Bucket, sums: Tensor) -> None:
             updates.append(row_updates)
         batch_sums = torch.stack(found).view(-1, len(rule.SUMS))
         sums[rows] = batch_sums.detach()
-        sizes, stays = (s.lr * rule.trust_ratio(batch_sums, s)).unbind(), left(batch, batch_sums)
+        sizes, stays = (s.lr * rule.trust_ratio(batch_sums, s)).unbind(), left(batch, sums[rows])
         # Backwards: what was walked last is still in cache.
         for row in reversed(range(len(batch))):
             for number, p, master, update in reversed(updates[row]):
