@@ -72,7 +72,7 @@ def blur(length: float, update: Array, terms: Array, cancels: float) -> Array:
     """The size of the step that is so many times the update, if nothing cancelled."""
     if cancels == np.inf:
         return np.full_like(update, np.inf if length else 0.0)
-    return length * np.maximum(terms, np.abs(update) * cancels)
+    return abs(length) * np.maximum(terms, np.abs(update) * cancels)
 
 
 def of_param(reference: Reference, i: int, dtype: str) -> Array:
