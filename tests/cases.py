@@ -88,6 +88,8 @@ def forms(*, left_out: tuple[str, ...] = _COMBINED) -> list[Any]:
 
 
 FORMS = forms()
+# What forms differ in has nothing to do with how numbers are stored: all of them take all ways to store.
+PLAIN_FORMS = forms(left_out=tuple(case.name for case in BACKENDS if case.name not in PLAIN))
 # Other layouts, which the capturable forms walk no otherwise.
 LAYOUT_FORMS = forms(left_out=tuple(case.name for case in BACKENDS if case.options.get("capturable")))
 

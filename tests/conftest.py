@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, INTERPRETED, SEED, interpret, small_pieces  # noqa: F401
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # One thread for each of the processes that share the cores, and those they start: what is about threads asks for more.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # With the seed that all runs have, Hypothesis draws the same examples too; soak.py gives it a fresh one.
-settings.register_profile("torchlamb", derandomize=SEED == 0, database=None, deadline=None, print_blob=True)
+settings.register_profile(
+    "torchlamb",
+    derandomize=SEED == 0,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("torchlamb")
 
 # Of test_options and test_combinations.

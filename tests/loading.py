@@ -14,6 +14,10 @@ from types import ModuleType
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
+# Seconds after which what runs is taken to hang. No test may assume more of a clock: with busy neighbours, all takes many times
+# as long.
+HANGS = 900
+
 
 def load_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
@@ -57,7 +61,7 @@ def end(process: subprocess.Popen[str]) -> None:
     try:
         if process.poll() is None:
             process.terminate()
-            process.wait(timeout=40)
+            process.wait(timeout=HANGS)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [
-    *"-m pytest -q -p no:cacheprovider --no-header -n 2 --dist loadfile".split(),
+    *["-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-n", "2", "--dist", "loadfile"],
     "-m",
     "(seeded or hypothesis) and not slow",
 ]

@@ -51,7 +51,7 @@ def assert_same(model: nn.Module, wanted: nn.Module, tolerance: float = 0.0) -> 
         assert error <= tolerance, f"{name} is off by {error:.1e} of its norm"
 
 
-def run_processes(script: Path, world: int, *arguments: str, limit: int = 120) -> None:
+def run_processes(script: Path, world: int, *arguments: str, limit: int = 900) -> None:
     """Run a script in that many processes, which a time-out ends, and raise with what a failed one wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import shutil
@@ -17,8 +16,11 @@ import torchlamb
 
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "false"
 HAS_COMPILER = subprocess.run([CXX, "--version"], capture_output=True, check=False).returncode == 0
-# Without a compiler the traced step is run as it is.
-COMPILE = functools.partial(torch.compile, backend="inductor" if HAS_COMPILER else "aot_eager")
+# What was traced is run as it is; in `make test-all` also what a C++ compiler makes of it.
+BACKENDS = [
+    "aot_eager",
+    pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")]),
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -38,7 +40,8 @@ def make_params() -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "blocks": 2, "grad_centralization": True}], ids=str)
 @pytest.mark.parametrize("foreach", [None, True])
-def test_compiled_step(foreach, options):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_step(backend, foreach, options):
     torch._dynamo.reset()
     counters.clear()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it says that the profiler's record function is ignored
@@ -48,7 +51,7 @@ def test_compiled_step(foreach, options):
         torchlamb.Lamb(params, lr=lr, weight_decay=0.1, foreach=foreach, **options)
         for params in (compiled_params, eager_params)
     ]
-    compiled = COMPILE(optimizers[0].step)
+    compiled = torch.compile(optimizers[0].step, backend=backend)
     for step in range(5):
         for params in (compiled_params, eager_params):
             torch.manual_seed(step)
@@ -74,11 +77,12 @@ def test_compiled_step(foreach, options):
 
 
 @pytest.mark.parametrize("foreach", [None, True])
-def test_compiled_guard_skips(foreach):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_guard_skips(backend, foreach):
     torch._dynamo.reset()
     params = make_params()
     optimizer = torchlamb.Lamb(params, skip_nonfinite=True, foreach=foreach)
-    compiled = COMPILE(optimizer.step)
+    compiled = torch.compile(optimizer.step, backend=backend)
     for step in range(3):
         before = [p.detach().clone() for p in params]
         for p in params[:-1]:
@@ -96,5 +100,5 @@ def test_what_cannot_be_stepped_is_refused_when_compiled_too():
     swapped.grad = torch.ones(5)
     optimizer.param_groups[0]["params"][0] = swapped
     with pytest.raises(Exception, match="blocks=2 does not divide dim 0"):
-        COMPILE(optimizer.step)()
+        torch.compile(optimizer.step, backend="aot_eager")()
     assert torch.equal(swapped, torch.ones(5))

@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from loading import ROOT, end, run_script, start_script
+from loading import HANGS, ROOT, end, run_script, start_script
 
 from torchlamb import checkpoint
 
 SCRIPT = ROOT / "examples" / "bert" / "pretrain.py"
-LIMIT = 200  # seconds for one run
 STEPS = 12
 SMALL = [
     *("--corpus", "text", "--vocab-size", 300, "--seq-len", 16, "--batch-size", 32, "--micro-batch-size", 8),
@@ -25,13 +24,13 @@ SMALL = [
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(3 * LIMIT),
+    pytest.mark.timeout(3 * HANGS),
     pytest.mark.skipif(sys.platform == "win32", reason="process groups are ended as POSIX does it"),
 ]
 
 
 def run(*flags: object, cwd: Path, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    return run_script(SCRIPT, *SMALL, *flags, processes=processes, cwd=cwd, limit=LIMIT)
+    return run_script(SCRIPT, *SMALL, *flags, processes=processes, cwd=cwd, limit=HANGS)
 
 
 def finished(*flags: object, cwd: Path, processes: int = 0) -> str:
@@ -93,7 +92,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(home):
     try:
         wait_for(lambda: is_under_way(home / "killed"), process)
         process.kill()  # nobody can save now
-        process.communicate(timeout=LIMIT)
+        process.communicate(timeout=HANGS)
     finally:
         end(process)
     assert checkpoint.more_of(checkpoint.newest(home / "killed" / "checkpoints"))["progress"]["step"] < 200
@@ -112,7 +111,7 @@ def test_sigterm_saves_and_leaves(home, processes):
     try:
         wait_for(lambda: is_under_way(out), process)
         process.send_signal(signal.SIGTERM)
-        stdout, _ = process.communicate(timeout=LIMIT)
+        stdout, _ = process.communicate(timeout=HANGS)
     finally:
         end(process)
     step = checkpoint.more_of(checkpoint.newest(out / "checkpoints"))["progress"]["step"]
@@ -122,7 +121,7 @@ def test_sigterm_saves_and_leaves(home, processes):
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
-    until = time.monotonic() + LIMIT
+    until = time.monotonic() + HANGS
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
@@ -235,7 +234,7 @@ sys.argv = {[str(SCRIPT), *map(str, SMALL), "--out", "full", "--resume"]!r}
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 1
     assert "could not be written to" in done.stderr
     assert "go on with --resume" in done.stderr

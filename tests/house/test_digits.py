@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from loading import ROOT, load_script
+from loading import HANGS, ROOT, end, load_script, run_script, start_script
 
 SCRIPT = ROOT / "examples" / "digits.py"
 SIZES = [256, 1437]
@@ -24,26 +26,22 @@ def digits():
 
 
 def start(*flags: object, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    return start_script(SCRIPT, *flags, processes=0, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, str]]:
     """Folder and standard output of a small run, by number of workers."""
-    folders = {workers: tmp_path_factory.mktemp(f"workers{workers}") for workers in (1, 2)}
-    flags = ["--epochs", 1, "--seeds", 1, "--batch-sizes", *SIZES, "--out", "made/here"]
-    running = {workers: start(*flags, "--workers", workers, cwd=folder) for workers, folder in folders.items()}
-    outputs = {}
-    try:
-        for workers, process in running.items():
-            stdout, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
-            outputs[workers] = (folders[workers] / "made" / "here", stdout)
-    finally:
-        for process in running.values():
-            process.kill()
-    return outputs
+
+    @functools.cache
+    def run(workers: int) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp(f"workers{workers}")
+        flags = ["--epochs", 1, "--seeds", 1, "--batch-sizes", *SIZES, "--out", "made/here", "--workers", workers]
+        done = run_script(SCRIPT, *flags, processes=0, cwd=folder, limit=HANGS)
+        assert done.returncode == 0, done.stderr
+        return folder / "made" / "here", done.stdout
+
+    return run
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -52,7 +50,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def test_writes_a_plot_and_rows(digits, finished):
-    folder, _ = finished[2]
+    folder, _ = finished(2)
     assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "runs.csv"]
     plot = (folder / "accuracy.png").read_bytes()
     assert plot.startswith(b"\x89PNG\r\n\x1a\n")
@@ -64,14 +62,14 @@ def test_writes_a_plot_and_rows(digits, finished):
 
 
 def test_tunes_at_the_smallest_batch_only(digits, finished):
-    rows = [row for row in rows_of(finished[2][0]) if row["measured_on"] == "validation"]
+    rows = [row for row in rows_of(finished(2)[0]) if row["measured_on"] == "validation"]
     assert {row["batch_size"] for row in rows} == {"16"}
     for name, recipe in digits.OPTIMIZERS.items():
         assert sorted({float(row["lr"]) for row in rows if row["optimizer"] == name}) == recipe.grid
 
 
 def test_prints_the_table(digits, finished):
-    folder, stdout = finished[2]
+    folder, stdout = finished(2)
     lines = stdout.splitlines()
     header = next(i for i, line in enumerate(lines) if line.startswith("batch  steps"))
     assert lines[header - 1].split() == list(digits.OPTIMIZERS)
@@ -87,8 +85,9 @@ def test_prints_the_table(digits, finished):
     assert "tuned at batch size 16 only" in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(finished):
-    (one, stdout_of_one), (two, stdout_of_two) = finished[1], finished[2]
+    (one, stdout_of_one), (two, stdout_of_two) = finished(1), finished(2)
     assert (one / "runs.csv").read_bytes() == (two / "runs.csv").read_bytes()
     assert stdout_of_one == stdout_of_two
 
@@ -127,9 +126,10 @@ def test_refuses_an_unwritable_folder(digits, tmp_path, monkeypatch, capsys):
     assert "argument --out: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stops_before_training_at_a_wrong_flag(tmp_path):
     process = start("--epochs", 0, "--out", "new", cwd=tmp_path)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANGS)
     assert process.returncode == 2
     assert stdout == ""
     assert "argument --epochs: got '0'" in stderr
@@ -157,9 +157,9 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
         time.sleep(3)  # into the first runs
         process.send_signal(signal.SIGINT)
         # The workers hold the pipes too: reading to the end succeeds only once they are gone.
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=HANGS)
     finally:
-        process.kill()
+        end(process)
     assert process.returncode == 130
     assert stderr.endswith("interrupted\n")
     assert "Traceback" not in stderr

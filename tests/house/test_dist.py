@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from loading import ROOT
+from loading import HANGS, ROOT
 
 import torchlamb
 
@@ -29,7 +29,7 @@ def dist(tmp_path_factory):
     if "TORCHLAMB_DIST" in os.environ:
         return Path(os.environ["TORCHLAMB_DIST"])
     built, repaired = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("dist")
-    run = {"check": True, "timeout": 250, "capture_output": True}
+    run = {"check": True, "timeout": HANGS, "capture_output": True}
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run([sys.executable, "-m", "build", "--outdir", built, ROOT], **run)
     subprocess.run(

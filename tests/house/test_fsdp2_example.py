@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import ROOT, load_script, run_script
+from loading import HANGS, ROOT, load_script, run_script
 
 from torchlamb import checkpoint
 
 SCRIPT = ROOT / "examples" / "fsdp2.py"
-LIMIT = 120  # seconds for one run
 TOLERANCE = 1e-5
 SMALL = ["--steps", 6, "--batch-size", 61]  # no share of 2, 3 or 4 processes is like the others
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups 
 
 
 def run(*flags: object, processes: int, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run_script(SCRIPT, *flags, processes=processes, cwd=cwd, limit=LIMIT)
+    return run_script(SCRIPT, *flags, processes=processes, cwd=cwd, limit=HANGS)
 
 
 def finished(*flags: object, processes: int, cwd: Path) -> list[str]:
@@ -59,6 +58,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     lines = finished(*SMALL, "--out", "made/here", processes=2, cwd=tmp_path)
     assert lines[:2] == [
@@ -122,6 +122,7 @@ def test_all_processes_stop_at_a_wrong_flag(flags, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_torchrun_a_wrong_flag_exits_with_2(tmp_path):
     done = run("--resume", processes=0, cwd=tmp_path)
     assert done.returncode == 2

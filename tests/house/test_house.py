@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import ROOT
+from loading import HANGS, ROOT
 
 import torchlamb
 from torchlamb import mindspore
@@ -106,7 +106,7 @@ import torchlamb
 new = {name for name in set(sys.modules) - before if not name.startswith("torchlamb")}
 print(json.dumps([sorted(new), torch.cuda.is_initialized()]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS, check=True)
     new, cuda = json.loads(done.stdout)
     assert {name.split(".")[0] for name in new} <= set(sys.stdlib_module_names)
     assert not cuda

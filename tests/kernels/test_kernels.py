@@ -22,7 +22,7 @@ import torch
 from cases import in_two_phases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loading import ROOT
+from loading import HANGS, ROOT
 from torch import nn
 
 import torchlamb
@@ -97,7 +97,7 @@ def make_optimizer(seed=0, size=40_001):
     return params, torchlamb.Lamb(params, lr=0.02, weight_decay=0.1, fused=True)
 
 
-def in_child(function, seconds=30):
+def in_child(function, seconds=HANGS):
     """Call it in a forked process, and return its exit status: 0 where it returned true, 1 where not or where it raised."""
     sys.stdout.flush()
     pid = os.fork()
@@ -648,7 +648,6 @@ def test_unknown_instructions_are_refused_each_time(monkeypatch):
 # Processes and threads
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Python 3.12 on, of a fork beside threads
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_forked_child_steps():
@@ -675,7 +674,6 @@ def test_forked_child_steps():
     assert all(np.array_equal(p.detach().numpy(), w) for p, w in zip(params, wanted, strict=True))
 
 
-@pytest.mark.timeout(60)
 def test_steps_within_a_parallel_region():
     """Each of torch's threads steps an optimizer of its own."""
     torch.set_num_threads(2)
@@ -705,7 +703,6 @@ def test_steps_within_a_parallel_region():
         assert_same(stored(params, optimizer), result)
 
 
-@pytest.mark.timeout(60)
 def test_optimizers_on_threads_of_their_own():
     torch.set_num_threads(2)
     wanted = []
@@ -904,23 +901,24 @@ def test_scaled_gradients_are_unscaled_and_skipped(dtype, guard):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(250)
 def test_kernels_under_sanitizers(tmp_path):
     """No access outside a tensor and no undefined behaviour: what `make sanitize` runs."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if shutil.which("cmake") is None or compiler is None:
         pytest.skip("no cmake or no g++")
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, timeout=20, check=False)
+    found = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, timeout=HANGS, check=False
+    )
     runtime = Path(found.stdout.strip())
     if not runtime.is_absolute():
         pytest.skip(f"{compiler} has no libasan.so")
     options = ["-DTORCHLAMB_SANITIZE=ON", f"-DCMAKE_CXX_COMPILER={compiler}"]
     build = tmp_path / "sanitized"
-    subprocess.run(["cmake", "-S", CSRC, "-B", build, *options], timeout=60, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build], timeout=120, check=True, capture_output=True)
+    subprocess.run(["cmake", "-S", CSRC, "-B", build, *options], timeout=HANGS, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build], timeout=HANGS, check=True, capture_output=True)
     script = Path(__file__).with_name("sanitized_kernels.py")
     environment = {**os.environ, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, script, build / "libtorchlamb_cpu.so"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=230, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "baseline: " in done.stdout

@@ -20,6 +20,7 @@ from cases import (
     LAYOUTS,
     LONG_BACKEND_PARAMS,
     OPTIONS,
+    PLAIN_FORMS,
     SEED,
     make_params,
     name_of,
@@ -156,7 +157,7 @@ def test_combinations(case, param_dtype, grad_dtype, storage, monkeypatch):
 @pytest.mark.seeded
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("case", FORMS)
+@pytest.mark.parametrize("case", PLAIN_FORMS)
 def test_options_in_16_bits(case, options, dtype, monkeypatch):
     use(monkeypatch, case)
     run(case, dtype, dtype, "contiguous", {"lr": 1e-3, **options})
@@ -623,10 +624,16 @@ def test_options_may_be_changed_between_steps():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("storage", [s for s in STORAGE.values() if s and s != {"state_dtype": FP32}], ids=str)
+@pytest.mark.parametrize(
+    "storage",
+    [
+        *("masters", "stochastic-bf16-state"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("stochastic", "bf16-state", "masters-bf16-state")),
+    ],
+)
 def test_compiled(storage):
     models = [bf16_model() for _ in range(2)]
-    optimizers = [torchlamb.Lamb(m.parameters(), lr=torch.tensor(0.01), capturable=True, **storage) for m in models]
+    optimizers = [torchlamb.Lamb(m.parameters(), lr=torch.tensor(0.01), capturable=True, **STORAGE[storage]) for m in models]
     torch._dynamo.reset()
     compiled = torch.compile(optimizers[0].step, backend="aot_eager")
     for step in range(3):

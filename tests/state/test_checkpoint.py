@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
+import resource
+import signal
 import tempfile
 from pathlib import Path
 
@@ -227,29 +228,27 @@ def assert_old_ones_are_good(saved) -> None:
     assert not list(folder.glob(".saving-*"))
 
 
-SAVE_UP_TO = """
-import resource, signal, sys
-sys.path.insert(0, {tests!r})
-from test_checkpoint import checkpoint, make
-model, optimizer = make()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
-try:
-    checkpoint.save({folder!r}, model, optimizer)
-except OSError as error:
-    print(type(error).__name__, error)
-"""
-
-
-@pytest.mark.parametrize("size", [0, 1, 2000])
-def test_a_write_that_the_system_refuses_midway(saved, size):
+@pytest.fixture(params=[0, 1, 2000])
+def full_disk(request):
     """The limit on the size of files stands for a disk that is full: write() fails after some bytes."""
-    code = SAVE_UP_TO.format(tests=str(Path(__file__).parent), size=size, folder=str(saved[0]))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "OSError" in done.stdout
-    assert "could not be written to" in done.stdout
-    assert "checkpoints that were there stay good" in done.stdout
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    @contextlib.contextmanager
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    yield full
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_write_that_the_system_refuses_midway(saved, full_disk):
+    model, optimizer = make()
+    with pytest.raises(OSError, match=r"could not be written to.*checkpoints that were there stay good"), full_disk():
+        checkpoint.save(saved[0], model, optimizer)
     assert_old_ones_are_good(saved)
 
 

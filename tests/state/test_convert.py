@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import TESTS
+from loading import HANGS, TESTS
 from torch import nn
 
 import torchlamb
@@ -489,7 +489,7 @@ def test_mindspore_like_another_model():
 
 def run_command(*arguments):
     command = [sys.executable, "-m", "torchlamb.convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def test_the_command(tmp_path):
