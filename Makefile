@@ -10,7 +10,7 @@ LINUX := $(filter Linux,$(shell uname))
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The GPU's kernels on the CPU, in Triton's interpreter.
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) \
-	$(patsubst %,tests/%.py,gpu/test_gpu_kernels rule/test_rule rule/test_precision rule/test_guard sharding/test_sharding)
+	$(patsubst %,tests/%.py,gpu/test_gpu_kernels $(addprefix rule/test_,rule precision rounding storage guard) sharding/test_sharding)
 NEWEST_TRITON := 3.9.0
 FRESH := build/fresh
 INPUTS := pyproject.toml constraints.txt Makefile $(wildcard src/torchlamb/backends/csrc/*)
