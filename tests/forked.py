@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from loading import HANGS
 
 
 class Crashed(AssertionError):
     """The copy was ended by a signal."""
 
 
-def forked(function: Callable[[], Any], limit: int = 20) -> Any:
+def forked(function: Callable[[], Any], limit: int = HANGS) -> Any:
     """Return what a function returns in a copy of this process; raise AssertionError with what it raised, or how it died.
 
     On one thread: those of OpenMP are not in the copy, and waiting for them would never end.

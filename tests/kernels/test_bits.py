@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 from calling import BF16, F16, F32, ISAS, assert_same, each_isa, parameter, set_isa, stored
+from cases import in_two_phases
 from torch import nn
 
 import torchlamb
-from torchlamb.backends import cpu
 
 # The same bits
 
@@ -55,7 +55,7 @@ def test_threads_isas_and_phases_give_the_same_bits(name, monkeypatch):
     wanted = None
     for phases in (1, 2):
         if phases == 2:
-            monkeypatch.delattr(cpu, "step")
+            in_two_phases(monkeypatch)
         for isa in ISAS:
             assert set_isa(isa) == isa
             for threads in (1, 2, 3):

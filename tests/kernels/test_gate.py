@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import DEFAULTS
 from forked import forked
+from loading import HANGS
 from reference import Reference
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -313,7 +314,7 @@ def test_parameters_that_share_memory(kind, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", REPEATED, kind, str(options)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=environment, cwd=Path(__file__).parent, check=False
+        command, capture_output=True, text=True, timeout=HANGS, env=environment, cwd=Path(__file__).parent, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "1", done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calling import BF16, F32, assert_same, in_child, parameter, stored
+from cases import in_two_phases
 from torch import nn
 
 import torchlamb
@@ -58,7 +59,7 @@ def step_on_meta(_, state):
 @pytest.mark.parametrize("phases", [1, 2])
 def test_garbage_is_refused(spoil, message, phases, monkeypatch):
     if phases == 2:
-        monkeypatch.delattr(cpu, "step")
+        in_two_phases(monkeypatch)
     params = [parameter(6, dtype=BF16), parameter(4, 3, dtype=BF16), parameter(2, 2, dtype=BF16)]
     optimizer = torchlamb.Lamb(params, lr=0.1, master_weights=True, fused=True)
     optimizer.step()
@@ -101,7 +102,7 @@ def test_lazily_conjugated_gradients_are_stepped_with(options):
 def test_autograd_notices_that_parameters_changed(phases, blocks, monkeypatch):
     """A step between forward and backward is an error, as with every operation in place."""
     if phases == 2:
-        monkeypatch.delattr(cpu, "step")
+        in_two_phases(monkeypatch)
     p = parameter(4, 3)
     loss = p.square().sum()
     torchlamb.Lamb([p], fused=True, blocks=blocks).step()

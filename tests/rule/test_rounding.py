@@ -18,31 +18,31 @@ from storing import BF16, STORAGE
 from torch import Tensor, nn
 
 import torchlamb
-from torchlamb import rounding
-from torchlamb.rounding import Place
+from torchlamb import precision
+from torchlamb.sharding.place import Place
 
 # The generator
 
 
 def test_random_bits_are_the_documented_ones():
     for position, step in itertools.product((0, 1, 200), (1, 2, 10**6)):
-        seed = rounding.seed_of(position)
+        seed = precision.seed_of(position)
         assert 0 <= seed < 2**63
         wanted = random_bits(seed, (1000,), step)
         for as_number in (lambda x: x, torch.tensor):
-            got = rounding.random_bits(torch.arange(1000), rounding.keys(as_number(seed), as_number(step)))
+            got = precision.random_bits(torch.arange(1000), precision.keys(as_number(seed), as_number(step)))
             assert np.array_equal(got.numpy().astype(np.uint64), wanted)
-    assert all(rounding.seed_of(position) == seed_of(position) for position in (0, 1, 1000))
+    assert all(precision.seed_of(position) == seed_of(position) for position in (0, 1, 1000))
     far = np.array([5, 5 + 2**32, 7 + 2**40, 2**45 - 1], dtype=np.uint64)
-    got = rounding.random_bits(torch.from_numpy(far.astype(np.int64)), rounding.keys(rounding.seed_of(0), 1))
-    assert np.array_equal(got.numpy().astype(np.uint64), bits_at(far, rounding.seed_of(0), 1))
+    got = precision.random_bits(torch.from_numpy(far.astype(np.int64)), precision.keys(precision.seed_of(0), 1))
+    assert np.array_equal(got.numpy().astype(np.uint64), bits_at(far, precision.seed_of(0), 1))
 
 
 def test_random_bits_are_spread_evenly_and_do_not_depend_on_each_other():
     """Every statistic here is normal with the deviation it is divided by; 5 of them would come up once in two million."""
     n = 200_000
     streams = [
-        random_bits(rounding.seed_of(position), (n,), step).astype(np.int64) for position in (0, 1) for step in (1, 2, 3)
+        random_bits(precision.seed_of(position), (n,), step).astype(np.int64) for position in (0, 1) for step in (1, 2, 3)
     ]
     halves = [half for bits in streams for half in (bits >> 16, bits & 0xFFFF)]
     for half in halves:
@@ -63,8 +63,8 @@ def test_rounding_has_the_right_mean_and_variance(share, sign):
     n = 200_000
     unit = 2.0**-7  # between 1 and 2
     x = torch.full((n,), sign * (1.25 + share * unit))
-    bits = rounding.random_bits(torch.arange(n), rounding.keys(rounding.seed_of(7), 3))
-    up = (rounding.to_bfloat16(x, rounding.param_bits(bits)).double() - sign * 1.25) / (sign * unit)
+    bits = precision.random_bits(torch.arange(n), precision.keys(precision.seed_of(7), 3))
+    up = (precision.to_bfloat16(x, precision.param_bits(bits)).double() - sign * 1.25) / (sign * unit)
     assert set(up.unique().tolist()) <= {0.0, 1.0}
     cut_off = (x[0].double().item() - sign * 1.25) / (sign * unit)
     variance = cut_off * (1 - cut_off)
@@ -77,12 +77,12 @@ def test_what_is_not_finite_stays():
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 3.3e38])
     payload = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
     for bits in (0, 1, 2**16 - 1):
-        assert rounding.to_bfloat16(payload, torch.full((3,), bits)).isnan().all()
-        got = rounding.to_bfloat16(special, torch.full((6,), bits))
+        assert precision.to_bfloat16(payload, torch.full((3,), bits)).isnan().all()
+        got = precision.to_bfloat16(special, torch.full((6,), bits))
         assert torch.equal(got[:2], special[:2].bfloat16())
         assert got[2].isnan()
         assert torch.equal(got[3:5].view(torch.int16), special[3:5].bfloat16().view(torch.int16))
-    assert torch.equal(rounding.to_bfloat16(-special.nan_to_num(), torch.tensor(5)), -special.nan_to_num().bfloat16())
+    assert torch.equal(precision.to_bfloat16(-special.nan_to_num(), torch.tensor(5)), -special.nan_to_num().bfloat16())
 
 
 @pytest.mark.parametrize("case", LONG_BACKEND_PARAMS)
@@ -156,7 +156,7 @@ def test_bits_do_not_depend_on_threads_and_pieces(storage, foreach, monkeypatch)
     ends = []
     threads = torch.get_num_threads()
     for pieces in (7, 16, 2**20):
-        monkeypatch.setattr("torchlamb.bucket.PIECE_PER_THREAD", pieces)
+        monkeypatch.setattr("torchlamb.precision.PIECE_PER_THREAD", pieces)
         monkeypatch.setattr("torchlamb.backends.foreach.BATCH", pieces)
         torch.set_num_threads(1 if pieces == 7 else threads)
         torch.manual_seed(0)

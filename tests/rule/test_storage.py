@@ -17,7 +17,7 @@ from storing import BF16, FP16, FP32, FP64, LOW, STORAGE, bf16_model, train
 from torch import nn
 
 import torchlamb
-from torchlamb import rounding
+from torchlamb import precision
 
 
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
@@ -188,7 +188,7 @@ def test_expected_state(storage):
         wanted["seed"] = torch.int64
     for i, p in enumerate(model.parameters()):
         assert {key: value.dtype for key, value in optimizer.state[p].items()} == wanted
-        assert "seed" not in wanted or optimizer.state[p]["seed"].item() == rounding.seed_of(i)
+        assert "seed" not in wanted or optimizer.state[p]["seed"].item() == precision.seed_of(i)
 
 
 def test_from_float32_to_bf16_with_masters_and_back():

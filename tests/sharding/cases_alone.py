@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import torchlamb
-from torchlamb.sharding import local
+from torchlamb.sharding.layout import local
 
 # The optimizer alone
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 import torchlamb
 from torchlamb.mindspore import nn as front
 from torchlamb.noise_scale import NoiseScale
-from torchlamb.sharding import local
+from torchlamb.sharding.layout import local
 
 FSDP: dict[str, dict[str, Any]] = {
     "plain": {},
