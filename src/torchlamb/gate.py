@@ -88,7 +88,7 @@ class Gate:
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
         self.admissions: dict[int, Sequence[Admission]] = {}  # of each such parameter; none where all are admitted at once
-        self.grads_to_copy: dict[int, Sequence[int]] = {}  # by place among them: those in memory that a step writes
+        self.grads_to_copy: dict[int, Sequence[int]] = {}  # by place among them: see `_check_grads`
 
     def look(self, index: int, group: Mapping[str, Any], states: Mapping[Tensor, Any], check: Callable[[], None]) -> None:
         """Decide about a group's parameters that have gradients.
@@ -131,12 +131,8 @@ class Gate:
             known = _Known(seen, dtypes, _admissions(columns, spans), spans, ends, {span.storage for span in spans})
         known.grad_dtypes = dtypes
         self._known[index] = known
-        self.grads_to_copy[index] = _check_grads(grads, known, name_of)
-        odd = [] if plain else [(row, why_not(grad)) for row, grad in enumerate(grads) if type(grad) not in _PLAIN]
-        admissions = list(known.admissions)
-        for row, reason in odd:
-            admissions[row] = admissions[row]._replace(why_not=admissions[row].why_not or reason)
-        self.admissions[index] = admissions if any(a != _ADMITTED for a in admissions) else ()
+        self.grads_to_copy[index] = _check_grads(columns[0], grads, known, name_of)
+        self.admissions[index] = known.admissions if any(a != _ADMITTED for a in known.admissions) else ()
 
 
 class _Names:
@@ -262,15 +258,21 @@ def _refuse_real_among_fake(params: Sequence[Tensor], name_of: _Names) -> None:
                 )
 
 
-def _check_grads(grads: Sequence[Tensor], known: _Known, name_of: _Names) -> list[int]:
-    """Return of which rows the gradient lies in memory that a step writes, other than its own parameter's.
+def _check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known, name_of: _Names) -> list[int]:
+    """Return of which rows the gradient lies in memory that a step writes, or is of a kind of its own beside a plain parameter.
+
+    What is written then, moments for one, would be left to what that kind does with operations; only a copy is surely one.
 
     Raises:
         RuntimeError: the memory of a gradient was freed or is too small
     """
-    shared = []
+    to_copy = []
     for row, grad in enumerate(grads):
-        if type(grad) not in _PLAIN or grad.is_meta:
+        if type(grad) not in _PLAIN:
+            if _has_memory(params[row]):
+                to_copy.append(row)
+            continue
+        if grad.is_meta:
             continue
         storage, size = grad.untyped_storage(), grad.numel()
         if storage.nbytes() < (grad.storage_offset() + size) * grad.itemsize and _is_too_short(grad):
@@ -285,5 +287,5 @@ def _check_grads(grads: Sequence[Tensor], known: _Known, name_of: _Names) -> lis
             if known.ends[count - 1] > start and any(
                 start < span.end for span in known.spans[:count] if span.row != row or span.start != start
             ):
-                shared.append(row)
-    return shared
+                to_copy.append(row)
+    return to_copy

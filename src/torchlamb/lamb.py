@@ -424,7 +424,8 @@ class Lamb(Optimizer):
         start = 0
         for number, (group, columns) in enumerate(zip(self.param_groups, filled, strict=True)):
             for row in self._gate.grads_to_copy[number]:
-                columns["grads"][row] = columns["grads"][row].clone()
+                grad = torch.empty_like(columns["params"][row], dtype=columns["grads"][row].dtype)
+                columns["grads"][row] = grad.copy_(columns["grads"][row])
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
             scalars = Scalars.from_group({**group, "lr": lr_of(group, self.defaults["lr"])})

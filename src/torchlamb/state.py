@@ -116,7 +116,7 @@ def check_state(group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]
             fits = _fits(state, shape, device)
         if not fits:
             raise _misfit(group, group_index, i, state or {})
-        kinds.add((device, param.dtype, grad.dtype, why_not(param) or why_not(grad)))
+        kinds.add((device, param.dtype, grad.dtype, why_not(param)))
     for _, dtype, _, _ in kinds:
         if not can_step(dtype):
             check_params(group, group_index)  # which says of which parameter

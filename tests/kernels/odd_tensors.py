@@ -7,7 +7,6 @@ that fails. This room knows what makes a tensor odd and what its numbers are; th
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import tempfile
 import time
@@ -283,7 +282,7 @@ def run(rows: list[Row], pair: str, backend: dict[str, Any], options: dict[str, 
             for p, row in zip(params, rows, strict=False):
                 happen(optimizer, p, row.late)
         if step == 2 and loads:
-            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.load_state_dict(optimizer.state_dict())
         if not step_once(optimizer, params, {**DEFAULTS, **options, "lr": lr}):
             return
 
