@@ -21,9 +21,9 @@ LIBRARY = Path("src/torchlamb/backends/libtorchlamb_cpu.so")
 
 # What has to kill a fault: arguments of pytest. The quickest stand first.
 RULE = ("tests/rule/test_rule.py",)
-PRECISION = ("tests/rule/test_precision.py",)
+PRECISION = tuple(f"tests/rule/test_{name}.py" for name in ("rounding", "storage", "precision"))
 GUARD = ("tests/rule/test_guard.py",)
-KERNELS = ("tests/kernels", "tests/rule/test_rule.py", "tests/rule/test_precision.py")
+KERNELS = ("tests/kernels", *RULE, *PRECISION)
 GPU = ("tests/gpu", *RULE, *PRECISION, *GUARD)  # in Triton's interpreter
 SHARDING = ("tests/sharding",)
 STATE = ("tests/front", "tests/state", *PRECISION)
