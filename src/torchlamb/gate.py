@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from torchlamb.sharding.layout import local
+from torchlamb.sharding.layout import is_dtensor, local
 
 _PLAIN = {Tensor, Parameter}
 _KEPT = ("exp_avg", "exp_avg_sq", "step", "master", "seed")  # of a parameter's state
@@ -88,7 +88,9 @@ class Gate:
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
         self.admissions: dict[int, Sequence[Admission]] = {}  # of each such parameter; none where all are admitted at once
-        self.grads_to_copy: dict[int, Sequence[int]] = {}  # by place among them: see `_check_grads`
+        self.grads: dict[
+            int, dict[int, Tensor]
+        ] = {}  # by place among them, what is read instead of a gradient: see `_own_grads`
 
     def look(self, index: int, group: Mapping[str, Any], states: Mapping[Tensor, Any], check: Callable[[], None]) -> None:
         """Decide about a group's parameters that have gradients.
@@ -131,7 +133,7 @@ class Gate:
             known = _Known(seen, dtypes, _admissions(columns, spans), spans, ends, {span.storage for span in spans})
         known.grad_dtypes = dtypes
         self._known[index] = known
-        self.grads_to_copy[index] = _check_grads(columns[0], grads, known, name_of)
+        self.grads[index] = _own_grads(params, grads, known, name_of)
         self.admissions[index] = known.admissions if any(a != _ADMITTED for a in known.admissions) else ()
 
 
@@ -152,7 +154,7 @@ def _form(tensors: Sequence[Tensor]) -> tuple[list[torch.Size], list[torch.devic
 
 
 def _addresses(column: Sequence[Any]) -> list[int]:
-    return [t.data_ptr() if type(t) in _PLAIN else 0 for t in column]
+    return [t.data_ptr() if type(t) in _PLAIN or _has_memory(t) else 0 for t in column]
 
 
 def _spans(columns: Sequence[Sequence[Any]], name_of: _Names) -> Iterator[Span]:
@@ -196,9 +198,9 @@ def _why_refused(t: Tensor) -> str | None:
     )
 
 
-def _has_memory(t: Tensor) -> bool:
-    """Return whether a tensor has memory of its own kind, that is not only described."""
-    return (type(t) in _PLAIN or _adds_nothing(type(t))) and not t.is_meta
+def _has_memory(t: Any) -> bool:
+    """Return whether it is a tensor with memory of its own, that is neither only described nor inside another."""
+    return isinstance(t, Tensor) and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_meta
 
 
 def _is_too_short(t: Tensor) -> bool:
@@ -258,21 +260,20 @@ def _refuse_real_among_fake(params: Sequence[Tensor], name_of: _Names) -> None:
                 )
 
 
-def _check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known, name_of: _Names) -> list[int]:
-    """Return of which rows the gradient lies in memory that a step writes, or is of a kind of its own beside a plain parameter.
+def _own_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known, name_of: _Names) -> dict[int, Tensor]:
+    """Return, by row, copies of gradients in memory that a step writes, and those of subclasses as plain as they can be had.
 
-    What is written then, moments for one, would be left to what that kind does with operations; only a copy is surely one.
+    Beside a parameter of another kind, it would be left to a subclass what its operations do with what is written.
 
     Raises:
         RuntimeError: the memory of a gradient was freed or is too small
     """
-    to_copy = []
+    own: dict[int, Tensor] = {}
     for row, grad in enumerate(grads):
-        if type(grad) not in _PLAIN:
-            if _has_memory(params[row]):
-                to_copy.append(row)
-            continue
-        if grad.is_meta:
+        is_plain = type(grad) in _PLAIN
+        if grad.is_meta or not (is_plain or _has_memory(grad)):
+            if not is_plain and type(grad) is not type(params[row]) and not is_dtensor(params[row]):
+                own[row] = torch.empty_like(params[row], dtype=grad.dtype, requires_grad=False).copy_(grad)
             continue
         storage, size = grad.untyped_storage(), grad.numel()
         if storage.nbytes() < (grad.storage_offset() + size) * grad.itemsize and _is_too_short(grad):
@@ -280,12 +281,14 @@ def _check_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Know
                 f"the gradient of {name_of[row]} is larger than its storage, which was freed or resized; restore it before "
                 "step()"
             )
-        if storage.data_ptr() in known.storages and size:
+        if not is_plain:
+            own[row] = grad.as_subclass(Tensor)
+        if storage.data_ptr() in known.storages and size and not is_dtensor(params[row]):
             start = grad.data_ptr()
             end = start + _extent(grad) * grad.itemsize
             count = bisect_left(known.spans, end, key=itemgetter(0))  # those that begin before it ends
             if known.ends[count - 1] > start and any(
                 start < span.end for span in known.spans[:count] if span.row != row or span.start != start
             ):
-                to_copy.append(row)
-    return to_copy
+                own[row] = grad.as_subclass(Tensor).clone()
+    return own

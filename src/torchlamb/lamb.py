@@ -423,9 +423,8 @@ class Lamb(Optimizer):
         work: Work = []
         start = 0
         for number, (group, columns) in enumerate(zip(self.param_groups, filled, strict=True)):
-            for row in self._gate.grads_to_copy[number]:
-                grad = torch.empty_like(columns["params"][row], dtype=columns["grads"][row].dtype)
-                columns["grads"][row] = grad.copy_(columns["grads"][row])
+            for row, grad in self._gate.grads[number].items():
+                columns["grads"][row] = grad
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
             scalars = Scalars.from_group({**group, "lr": lr_of(group, self.defaults["lr"])})

@@ -1,7 +1,8 @@
 """Tensors as nobody expects them, drawn at random: every backend steps them right, or refuses before anything has changed.
 
-`python tests/odd_tensors.py SECONDS SEED` draws for that long, each example in a copy of the process, and prints the smallest
-that fails. This room knows what makes a tensor odd and what its numbers are; the rule is `reference.py`'s.
+`PYTHONPATH=tests python tests/kernels/odd_tensors.py SECONDS SEED` draws for that long, each example in a copy of the process,
+and prints the smallest that fails. This room knows what makes a tensor odd and what its numbers are; the rule is
+`reference.py`'s.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def _freed(t: Tensor) -> Tensor:
 
 
 def _expanded(t: Tensor) -> Tensor:
-    return t.reshape(-1)[:1].clone().expand(t.shape) if t.numel() else t
+    return t.reshape(-1)[:1].clone().expand(t.shape) if t.numel() and t.dim() else t
 
 
 def _windows(t: Tensor) -> Tensor:
@@ -194,25 +194,29 @@ def couple(params: list[Tensor], how: str) -> list[Tensor]:
     if how == "twice":
         return [*params, p]
     if how in ("same memory", "overlapping") and type(p.data) is Tensor and p.is_contiguous() and p.dim():
-        other = p.detach()[1:] if how == "overlapping" else p.detach()
-        return [*params, nn.Parameter(other)]
+        with contextlib.suppress(RuntimeError):  # where its memory is too short
+            other = p.detach()[1:] if how == "overlapping" else p.detach()
+            return [*params, nn.Parameter(other)]
     return params
 
 
 def happen(optimizer: torchlamb.Lamb, p: Tensor, late: str) -> None:
     """Change a parameter or its moments between two steps, as users and wrappers do."""
     state = optimizer.state.get(p, {})
-    if late in ("freed", "short") and values_of(p) is not None and p.layout == torch.strided:
+    can_resize = p.layout == torch.strided and not isinstance(p, TwoTensor) and not p.is_shared()  # of which torch dies
+    can_resize = can_resize and p.untyped_storage().resizable()
+    if late in ("freed", "short") and can_resize and values_of(p) is not None:
         p.untyped_storage().resize_(0 if late == "freed" else p.untyped_storage().nbytes() // 2)
     elif late == "data":
         p.data = p.detach().clone()
     elif late == "grown":
-        p.data = torch.ones((*p.shape, 1000), dtype=p.dtype)
-        p.grad = torch.ones_like(p.data)
+        with contextlib.suppress(RuntimeError):  # which torch refuses of subclasses
+            p.data = torch.ones((*p.shape, 1000), dtype=p.dtype)
+            p.grad = torch.ones_like(p.data)
     elif late == "to meta":
         with contextlib.suppress(RuntimeError):  # which torch itself refuses unless told otherwise
             p.data = p.data.to("meta")
-    elif late == "moments freed" and "exp_avg" in state:
+    elif late == "moments freed" and "exp_avg" in state and not isinstance(state["exp_avg"], TwoTensor):
         state["exp_avg"].untyped_storage().resize_(0)
     elif late == "moments shared" and "exp_avg" in state:
         state["exp_avg_sq"] = state["exp_avg"]
@@ -268,9 +272,11 @@ def run(rows: list[Row], pair: str, backend: dict[str, Any], options: dict[str, 
     if all(p.grad is None for p in params):
         return
     if pair == "grads shared" and len(params) > 1 and params[0].shape == params[1].shape and params[0].dtype == params[1].dtype:
-        params[1].grad = params[0].grad
+        with contextlib.suppress(RuntimeError):  # which torch refuses where they differ in device
+            params[1].grad = params[0].grad
     if pair == "grad is the parameter" and type(params[0].data) is Tensor:
-        params[0].grad = params[0].detach()
+        with contextlib.suppress(RuntimeError):
+            params[0].grad = params[0].detach()
     try:
         optimizer = torchlamb.Lamb(params, **backend, **options)
     except EXPECTED:
@@ -318,7 +324,9 @@ def check_numbers(before: list[Any], after: list[Any], options: dict[str, Any]) 
             reference.step_counts[i] = int(state["step"])
     reference.step([None if g is None else wide(g) for g in grads])
     for i, (p, wanted) in enumerate(zip(after[0], reference.params, strict=True)):
-        tolerance = of_last_step(reference, i, "float64" if p.dtype is torch.float64 else "float32")
+        # With a guard, the norm over all gradients has the error of the coarsest.
+        exact = p.dtype is torch.float64 and (options.get("max_grad_norm") is None or all(x.dtype is p.dtype for x in after[0]))
+        tolerance = of_last_step(reference, i, "float64" if exact else "float32")
         if p.dtype is torch.bfloat16:  # which is what the result is rounded to
             tolerance = tolerance + 2.0**-8 * np.abs(wanted) + 2.0**-133
         largest_share(np.abs(real(p) - wanted), tolerance, f"parameter {i}")
@@ -410,5 +418,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

@@ -24,11 +24,11 @@ def search(seconds: int, seed: int, *flags: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=seconds + HANGS,  # a failure is made smaller, which takes a while
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1]), **environment},
         cwd=SCRIPT.parent,
         check=False,
     )
-    again = f"python {SCRIPT.relative_to(SCRIPT.parents[1])} {seconds} {seed} {' '.join(flags)}"
+    again = f"PYTHONPATH=tests python tests/kernels/{SCRIPT.name} {seconds} {seed} {' '.join(flags)}"
     assert done.returncode == 0, f"{again}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 

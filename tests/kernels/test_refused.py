@@ -51,8 +51,8 @@ def step_on_meta(_, state):
         (moment_on_meta, "meta"),
         (moment_of_another_shape, r"shape \(4, 3\).*exp_avg \(3,\)"),
         (master_of_another_shape, r"shape \(4, 3\).*master \(2, 3\)"),
-        (freed, "parameter 1 is larger than its storage"),
-        (freed_moment, "parameter 1 is larger than its storage"),
+        (freed, "parameter 1 of group 0 is larger than its storage"),
+        (freed_moment, "exp_avg_sq of parameter 1 of group 0 is larger than its storage"),
         (step_on_meta, "meta"),
     ],
 )
