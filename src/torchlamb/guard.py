@@ -47,6 +47,20 @@ def is_guarded(group: Mapping[str, Any]) -> bool:
     return group["max_grad_norm"] is not None or group["skip_nonfinite"]
 
 
+def check_devices(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if some parameters have values and others, with gradients, only a shape: there is no norm over all of them.
+
+    Raises:
+        RuntimeError: a parameter with a gradient is on the meta device, and others are not
+    """
+    params = [p for group in groups for p in group["params"]]
+    if any(p.is_meta and p.grad is not None for p in params) and not all(p.is_meta for p in params):
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite need the norm over all gradients, and some are on the meta device, where they "
+            "have no values; move all parameters there, or none"
+        )
+
+
 def guard(
     work: Work,
     plan: Plan,

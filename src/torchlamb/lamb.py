@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import COLUMNS, Bucket, is_small, make_local_, new_columns, sort_into_buckets, sums_without_grad
 from torchlamb.gate import Gate, why_not
-from torchlamb.guard import guard, is_guarded
+from torchlamb.guard import check_devices, guard, is_guarded
 from torchlamb.last_step import LastStep
 from torchlamb.loading import read
 from torchlamb.options import (
@@ -482,7 +482,8 @@ class Lamb(Optimizer):
         return sum(len(other["params"]) for other in itertools.takewhile(lambda other: other is not group, self.param_groups))
 
     def _first_device(self) -> torch.device | None:
-        return next((p.device for group in self.param_groups for p in group["params"]), None)
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        return next((device for device in devices if device.type != "meta"), devices[0] if devices else None)
 
     def _check_step(self) -> None:
         """Raise for what cannot be stepped in any group, before anything changes; bring the plan and the record up to date."""
@@ -497,6 +498,7 @@ class Lamb(Optimizer):
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
+            check_devices(self.param_groups)
         known = self._plan.fits(self.param_groups)
         for i, group in enumerate(self.param_groups):
             reason = why_flat(group["params"], self._began[i])

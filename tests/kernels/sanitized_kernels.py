@@ -1,4 +1,4 @@
-"""Step on kernels built with sanitizers: python tests/kernels/sanitized_kernels.py LIBRARY [SECONDS], with libasan in LD_PRELOAD.
+"""Step on kernels built with sanitizers: python sanitized_kernels.py LIBRARY [SECONDS], with libasan in LD_PRELOAD.
 
 Every combination of dtypes and options, and then for so many seconds what `odd_tensors.py` draws.
 

@@ -408,3 +408,28 @@ def test_parameters_of_other_layouts(layout, options):
     said = forked(run)
     assert said is not None
     assert said[1]
+
+
+@pytest.mark.parametrize("options", BACKENDS, ids=str)
+def test_a_guard_over_parameters_without_values(options):
+    """There is no norm over them; without a guard each is stepped for itself."""
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    guarded = torchlamb.Lamb(params, max_grad_norm=1.0, **options)
+    with pytest.raises(RuntimeError, match="meta device"):
+        guarded.step()
+    assert not guarded.state
+    assert torch.equal(params[0], torch.ones(3))
+    torchlamb.Lamb(params, **options).step()
+    assert not torch.equal(params[0], torch.ones(3))
+
+
+@pytest.mark.parametrize("options", BACKENDS, ids=str)
+def test_a_gradient_in_memory_that_another_row_writes(options):
+    """It is read as it was before the step."""
+    values, grad = [randn(1000), randn(500, seed=1)], randn(1000, seed=2)
+    params = [nn.Parameter(v.clone()) for v in values]
+    params[0].grad, params[1].grad = grad, params[0].detach()[200:700]
+    torchlamb.Lamb(params, lr=0.1, **options).step()
+    assert_close(params, reference_of(values, [grad, values[0][200:700]], lr=0.1))
