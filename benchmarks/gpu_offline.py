@@ -48,7 +48,7 @@ KINDS = {
 }
 TYPES = {
     "table": "*i64", "rows": "i32", "numbers": k.Numbers(*["fp32"] * len(k.Numbers._fields)), "partials": "*fp32",
-    "sums": "*fp32", "sq_norms": "*fp32", "order": "*i64", "segments": "i32", "tickets": "i32", "counters": "*i32",
+    "sums": "*fp32", "order": "*i64", "segments": "i32", "tickets": "i32", "counters": "*i32",
 }  # fmt: skip
 
 

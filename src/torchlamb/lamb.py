@@ -492,9 +492,9 @@ class Lamb(Optimizer):
         checked = []
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]  # of which a device's value is not read back
-            on_device = isinstance(lr, Tensor) and not lr.is_cpu and lr.numel() == 1
+            unread = isinstance(lr, Tensor) and not lr.is_cpu and lr.numel() == 1
             label = f"param_groups[{i}]['{{}}']"
-            checked.append(self._checked_options({**group, "lr": 0.0} if on_device else group, label, written=True))
+            checked.append(self._checked_options({**group, "lr": 0.0} if unread else group, label, written=True))
         check_alike(self.param_groups, self.defaults)
         if is_guarded(self.param_groups[0]):
             check_guard_is_global()
