@@ -1,7 +1,7 @@
 """Tensors as nobody expects them, drawn at random: every backend steps them right, or refuses before anything has changed.
 
-`PYTHONPATH=tests python tests/kernels/odd_tensors.py SECONDS SEED` draws for that long, each example in a copy of the process,
-and prints the smallest that fails. This room knows what makes a tensor odd and what its numbers are; the rule is
+`PYTHONPATH=tests python tests/kernels/odd_tensors.py SECONDS SEED [EXAMPLES]` draws for that long, each example in a copy of
+the process, and prints the smallest that fails. This room knows what makes a tensor odd and what its numbers are; the rule is
 `reference.py`'s.
 """
 
@@ -380,13 +380,13 @@ def check(example: tuple[Any, ...]) -> None:
         run(rows, pair, backend, options, loads)
 
 
-def search(seconds: float, number: int, apart: bool = True) -> int:
-    """Draw examples for that long; raise the smallest that fails. Returns how many there were."""
+def search(seconds: float, number: int, most: int = 10**6, apart: bool = True) -> int:
+    """Draw examples for that long, or so many; raise the smallest that fails. Returns how many there were."""
     end, count = time.monotonic() + seconds, 0
 
     @seed(number)
     @settings(
-        max_examples=10**6, deadline=None, database=None, print_blob=False, suppress_health_check=list(HealthCheck),
+        max_examples=most, deadline=None, database=None, print_blob=False, suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink] if apart else [Phase.generate], report_multiple_bugs=False,
     )  # fmt: skip
     @given(EXAMPLES)
@@ -416,7 +416,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch._foreach_add_([TwoTensor(torch.ones(1), torch.ones(1))], 1)  # what torch imports then is in every copy
     torch.set_num_threads(1)
-    count = search(seconds, number)
+    most = [int(flag) for flag in sys.argv[3:] if flag.isdigit()]
+    count = search(seconds, number, *most)
     print(f"{count} examples, seed {number}")  # noqa: T201
 
 
