@@ -75,7 +75,7 @@ dist: .venv/all.stamp
 sanitize: .venv/test.stamp
 	cmake -S src/torchlamb/backends/csrc -B build/sanitized -DTORCHLAMB_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
 	cmake --build build/sanitized
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=tests $(BIN)/python tests/kernels/sanitized_kernels.py build/sanitized/libtorchlamb_cpu.so 60
 
 .venv/docs.stamp: .venv/torch.stamp
