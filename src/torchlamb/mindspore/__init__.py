@@ -1,12 +1,127 @@
 """A front with MindSpore's words: code written for `mindspore.nn.Lamb` trains torch modules after a change of its imports.
 
-Every class documents where it departs from the original. The arithmetic is all `torchlamb.Lamb`'s; MindSpore's words appear in
-this package only.
+``import torchlamb.mindspore as mindspore`` and the modules in it stand for MindSpore's of the same names. Every class documents
+where it departs from the original. The arithmetic is all `torchlamb.Lamb`'s; MindSpore's words appear in this package only.
 """
 
-from torchlamb.mindspore import nn
-from torchlamb.mindspore.callback import Callback, RunContext
-from torchlamb.mindspore.loss_scale import DynamicLossScaleManager, FixedLossScaleManager
-from torchlamb.mindspore.model import Model
+from torchlamb.mindspore import amp, common, communication, context, dataset, log, nn, ops, parallel, train
+from torchlamb.mindspore.common import (
+    NamedParameter,
+    Parameter,
+    ParameterTuple,
+    Tensor,
+    dtype,
+    get_seed,
+    jit,
+    jit_class,
+    ms_class,
+    ms_function,
+    mutable,
+    set_seed,
+)
+from torchlamb.mindspore.common.dtype import (
+    bfloat16,
+    bool_,
+    complex64,
+    complex128,
+    dtype_to_nptype,
+    float16,
+    float32,
+    float64,
+    float_,
+    int8,
+    int16,
+    int32,
+    int64,
+    int_,
+    pytype_to_dtype,
+    uint8,
+)
+from torchlamb.mindspore.context import (
+    GRAPH_MODE,
+    PYNATIVE_MODE,
+    ParallelMode,
+    get_auto_parallel_context,
+    get_context,
+    reset_auto_parallel_context,
+    set_auto_parallel_context,
+    set_context,
+)
+from torchlamb.mindspore.ops import grad, value_and_grad
+from torchlamb.mindspore.train import (
+    Callback,
+    CheckpointConfig,
+    DynamicLossScaleManager,
+    FixedLossScaleManager,
+    LossMonitor,
+    Model,
+    ModelCheckpoint,
+    RunContext,
+    TimeMonitor,
+    load_checkpoint,
+    load_param_into_net,
+    save_checkpoint,
+)
 
-__all__ = ["Callback", "DynamicLossScaleManager", "FixedLossScaleManager", "Model", "RunContext", "nn"]
+__all__ = [  # noqa: RUF022  # as sorted() has them
+    "Callback",
+    "CheckpointConfig",
+    "DynamicLossScaleManager",
+    "FixedLossScaleManager",
+    "GRAPH_MODE",
+    "LossMonitor",
+    "Model",
+    "ModelCheckpoint",
+    "NamedParameter",
+    "PYNATIVE_MODE",
+    "ParallelMode",
+    "Parameter",
+    "ParameterTuple",
+    "RunContext",
+    "Tensor",
+    "TimeMonitor",
+    "amp",
+    "bfloat16",
+    "bool_",
+    "common",
+    "communication",
+    "complex128",
+    "complex64",
+    "context",
+    "dataset",
+    "dtype",
+    "dtype_to_nptype",
+    "float16",
+    "float32",
+    "float64",
+    "float_",
+    "get_auto_parallel_context",
+    "get_context",
+    "get_seed",
+    "grad",
+    "int16",
+    "int32",
+    "int64",
+    "int8",
+    "int_",
+    "jit",
+    "jit_class",
+    "load_checkpoint",
+    "load_param_into_net",
+    "log",
+    "ms_class",
+    "ms_function",
+    "mutable",
+    "nn",
+    "ops",
+    "parallel",
+    "pytype_to_dtype",
+    "reset_auto_parallel_context",
+    "save_checkpoint",
+    "set_auto_parallel_context",
+    "set_context",
+    "set_seed",
+    "train",
+    "uint8",
+    "value_and_grad",
+]

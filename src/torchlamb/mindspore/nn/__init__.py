@@ -1,8 +1,17 @@
 """What code with MindSpore's words takes from `nn`. Layers are those of `torch.nn`."""
 
-from torchlamb.mindspore.nn import learning_rate_schedule
+from torchlamb.mindspore.nn import dynamic_lr, learning_rate_schedule, metrics, optim, wrap
 from torchlamb.mindspore.nn.cell import Cell, NamedParameter, trainable_params
-from torchlamb.mindspore.nn.lamb import Lamb
+from torchlamb.mindspore.nn.clip import ClipByNorm, Identity
+from torchlamb.mindspore.nn.dynamic_lr import (
+    cosine_decay_lr,
+    exponential_decay_lr,
+    inverse_decay_lr,
+    natural_exp_decay_lr,
+    piecewise_constant_lr,
+    polynomial_decay_lr,
+    warmup_lr,
+)
 from torchlamb.mindspore.nn.learning_rate_schedule import (
     CosineDecayLR,
     ExponentialDecayLR,
@@ -13,19 +22,89 @@ from torchlamb.mindspore.nn.learning_rate_schedule import (
     WarmUpLR,
 )
 from torchlamb.mindspore.nn.loss import SoftmaxCrossEntropyWithLogits
+from torchlamb.mindspore.nn.metrics import (
+    MAE,
+    MSE,
+    Accuracy,
+    Loss,
+    Metric,
+    Top1CategoricalAccuracy,
+    Top5CategoricalAccuracy,
+    TopKCategoricalAccuracy,
+)
+from torchlamb.mindspore.nn.optim import (
+    LARS,
+    SGD,
+    THOR,
+    Adagrad,
+    Adam,
+    AdamWeightDecay,
+    Lamb,
+    Momentum,
+    Optimizer,
+    RMSProp,
+    thor,
+)
+from torchlamb.mindspore.nn.wrap import (
+    DistributedGradReducer,
+    DynamicLossScaleUpdateCell,
+    FixedLossScaleUpdateCell,
+    TrainOneStepCell,
+    TrainOneStepWithLossScaleCell,
+    WithEvalCell,
+    WithLossCell,
+)
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # as sorted() has them
+    "Accuracy",
+    "Adagrad",
+    "Adam",
+    "AdamWeightDecay",
     "Cell",
+    "ClipByNorm",
     "CosineDecayLR",
+    "DistributedGradReducer",
+    "DynamicLossScaleUpdateCell",
     "ExponentialDecayLR",
+    "FixedLossScaleUpdateCell",
+    "Identity",
     "InverseDecayLR",
+    "LARS",
     "Lamb",
     "LearningRateSchedule",
+    "Loss",
+    "MAE",
+    "MSE",
+    "Metric",
+    "Momentum",
     "NamedParameter",
     "NaturalExpDecayLR",
+    "Optimizer",
     "PolynomialDecayLR",
+    "RMSProp",
+    "SGD",
     "SoftmaxCrossEntropyWithLogits",
+    "THOR",
+    "Top1CategoricalAccuracy",
+    "Top5CategoricalAccuracy",
+    "TopKCategoricalAccuracy",
+    "TrainOneStepCell",
+    "TrainOneStepWithLossScaleCell",
     "WarmUpLR",
+    "WithEvalCell",
+    "WithLossCell",
+    "cosine_decay_lr",
+    "dynamic_lr",
+    "exponential_decay_lr",
+    "inverse_decay_lr",
     "learning_rate_schedule",
+    "metrics",
+    "natural_exp_decay_lr",
+    "optim",
+    "piecewise_constant_lr",
+    "polynomial_decay_lr",
+    "thor",
     "trainable_params",
+    "warmup_lr",
+    "wrap",
 ]

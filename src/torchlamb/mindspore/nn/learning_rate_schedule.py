@@ -27,7 +27,8 @@ class LearningRateSchedule:
     """A learning rate for every step. Subclasses define `construct`.
 
     Optimizers keep schedules when they are pickled or copied, so a subclass has to be picklable if its optimizer is to be; what
-    `construct` returns must depend on the step alone, or a resumed run will not continue as it was.
+    `construct` returns must depend on the step alone, or a resumed run will not continue as it was. Optimizers call them with a
+    `Tensor` of one int, of shape (1,).
 
     Example:
         >>> from torchlamb.mindspore.nn import LearningRateSchedule

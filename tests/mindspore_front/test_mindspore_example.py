@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 # What follows the import lines, without prompts.
 EXAMPLE = """\

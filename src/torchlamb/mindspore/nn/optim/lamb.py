@@ -16,9 +16,9 @@ from torch.optim.optimizer import StateDict
 from torchlamb import lamb
 from torchlamb.backends import Work
 from torchlamb.mindspore.checks import check_float, check_number
-from torchlamb.mindspore.nn.cell import NamedParameter
-from torchlamb.mindspore.nn.groups import (
+from torchlamb.mindspore.nn.optim.groups import (
     Group,
+    centralized_apart,
     check_gradients,
     check_no_duplicates,
     positions,
@@ -26,10 +26,11 @@ from torchlamb.mindspore.nn.groups import (
     read_group,
     read_params,
 )
-from torchlamb.mindspore.nn.learning_rate import DYNAMIC, LearningRate, parse, value_at
+from torchlamb.mindspore.nn.optim.learning_rate import DYNAMIC, decay_at, parse, parse_decay, value_at
+from torchlamb.mindspore.nn.optim.optimizer import Questions
 
 
-class Lamb(lamb.Lamb):
+class Lamb(lamb.Lamb, Questions):
     r"""LAMB with the arguments of `mindspore.nn.Lamb`.
 
     .. math::
@@ -45,18 +46,20 @@ class Lamb(lamb.Lamb):
         params: an iterable of parameters: tensors, (name, tensor) pairs or what `trainable_params` returns, or an iterable of
             dicts, the groups. Without groups, parameters with "beta" or "gamma" in their names do not decay. A group has the
             key "params"; optionally "lr" (in all forms of `learning_rate`) and "weight_decay", by default the optimizer's; and
-            "grad_centralization", by default False, for gradients of 3 or more dims, those of convolutions. One more dict,
+            "grad_centralization", by default False, for the weights of convolutions: where `trainable_params` named a
+            parameter, those of torch's convolution layers, and else those with 3 or more dims. One more dict,
             {"order_params": [...]} with the parameters of all groups, puts them in order.
         learning_rate: fixed: an int, a float or a 0-dim tensor, >= 0. Dynamic: a 1-D tensor or an iterable with one value for
             each step, or a LearningRateSchedule, which is called with the step. Steps count from 0.
         beta1: decay rate of the first moment, a float in (0, 1) (default: 0.9)
         beta2: decay rate of the second moment, a float in (0, 1) (default: 0.999)
         eps: added to the root of the second moment, a float > 0 (default: 1e-6)
-        weight_decay: factor of the parameter in its own update, >= 0 (default: 0.0)
+        weight_decay: factor of the parameter in its own update: a number >= 0, or a `Cell` or LearningRateSchedule that is
+            called with the step (default: 0.0)
         options: further keyword arguments of :class:`torchlamb.Lamb`, for all groups
 
-    A dynamic learning rate is written to ``param_groups`` at each step. A value written there by hand in between is taken for
-    one step. The state dict has a further entry, "global_step", from which a resumed run goes on.
+    A dynamic learning rate or weight decay is written to ``param_groups`` at each step. A learning rate written there by hand
+    in between is taken for one step. The state dict has a further entry, "global_step", from which a resumed run goes on.
 
     Raises:
         TypeError: an argument, or an element of one, of another type; dicts mixed with parameters
@@ -71,7 +74,7 @@ class Lamb(lamb.Lamb):
         >>> schedule = nn.PolynomialDecayLR(0.1, 0.01, decay_steps=4, power=0.5)
         >>> optimizer = nn.Lamb(nn.trainable_params(net), learning_rate=schedule, weight_decay=0.01)
         >>> loss = net(torch.ones(8, 4)).square().mean()
-        >>> optimizer(torch.autograd.grad(loss, [x.parameter for x in optimizer.parameters]))
+        >>> optimizer(torch.autograd.grad(loss, optimizer.parameters))
         (True, True)
 
     Source: the documentation of `mindspore.nn.Lamb`, with the misprint in its bias corrections (beta^t for 1 - beta^t) mended;
@@ -85,22 +88,23 @@ class Lamb(lamb.Lamb):
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         **options: Any,
     ) -> None:
         betas = check_float("beta1", beta1, above=0, below=1), check_float("beta2", beta2, above=0, below=1)
         check_float("eps", eps, above=0)
-        weight_decay = check_number("weight_decay", weight_decay, least=0)
-        groups, ordered = read_params(params)
+        self._weight_decay = parse_decay("weight_decay", weight_decay)
+        groups, ordered, self._is_grouped = read_params(params)
         self._learning_rate = parse("learning_rate", learning_rate)
-        self._group_rates: list[LearningRate] = []
-        self._written: list[Any] = []  # what this class last wrote to each group's "lr"
-        self._order: list[int] = []  # positions in the concatenated groups
+        self._group_rates, self._group_decays, self._written = [], [], []
+        self._order = []
         self._global_step = 0
+        self._has_group_lr = False
+        self._unique, self._target = True, ""
         lr = self._current(self._learning_rate)
-        super().__init__(groups, lr, betas, eps, weight_decay, **options)
+        super().__init__(groups, lr, betas, eps, decay_at(self._weight_decay, 0), **options)
         if ordered is not None:
-            self._order = positions(ordered, self.parameters)
+            self._order = [self._order[i] for i in positions(ordered, self.parameters)]
 
     def __call__(self, gradients: Iterable[Tensor | None]) -> tuple[bool, ...]:
         """Take one step with these gradients; ``.grad`` is neither used nor changed.
@@ -129,20 +133,6 @@ class Lamb(lamb.Lamb):
                 x.parameter.grad = gradient
         return (True,) * len(parameters)
 
-    @property
-    def parameters(self) -> tuple[NamedParameter, ...]:
-        """All parameters with their names, in the order in which gradients are taken."""
-        flat: list[NamedParameter] = []
-        for group in self.param_groups:
-            names = group.get("param_names") or [f"parameters[{len(flat) + i}]" for i in range(len(group["params"]))]
-            flat += map(NamedParameter, names, group["params"])
-        return tuple(flat[i] for i in self._order)
-
-    @property
-    def global_step(self) -> int:
-        """The number of steps taken, which is the 0-based number of the next one."""
-        return self._global_step
-
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, a dict with the keys of the constructor's groups but "order_params"; its parameters come last in order.
 
@@ -157,22 +147,32 @@ class Lamb(lamb.Lamb):
             raise TypeError(
                 f"group {index} params must have names where other groups have them; name the parameters of all or none"
             )
-        rate = group.pop("lr", self._learning_rate)
+        has_lr = "lr" in group
+        rate, decay = group.pop("lr", self._learning_rate), group.pop("weight_decay", self._weight_decay)
         for other in self._group_rates:
             if isinstance(rate, tuple) and isinstance(other, tuple) and len(rate) != len(other):
                 raise ValueError(
                     f"the learning rate of group {index} has {len(rate)} values, that of another group {len(other)}; "
                     "give one value for every step in both"
                 )
-        group["lr"] = self._current(rate)
-        super().add_param_group(group)
-        self._group_rates.append(rate)
-        self._written.append(group["lr"])
-        self._order += range(len(self._order), len(self._order) + len(group["params"]))
+        group["lr"], group["weight_decay"] = self._current(rate), decay_at(decay, self._global_step)
+        group.setdefault("grad_centralization", self.defaults["grad_centralization"])
+        ordered = [id(tensor) for _, tensor in pairs]
+        parts = centralized_apart(group)
+        if len(parts) > 1:  # what one of them is refused for, is said before any is added
+            lamb.Lamb([dict(part) for part in parts], **self.defaults)
+        for part in parts:
+            super().add_param_group(part)
+        self._group_rates += [rate] * len(parts)
+        self._group_decays += [decay] * len(parts)
+        self._written += [group["lr"]] * len(parts)
+        self._has_group_lr |= has_lr
+        place = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        self._order += [place[key] for key in ordered]
 
     def state_dict(self) -> StateDict:
         """Return torch's state dict with a further entry, "global_step". Schedules and vectors are not in it."""
-        hook = self.register_state_dict_post_hook(lambda _, state: state.update(global_step=self.global_step), prepend=True)
+        hook = self.register_state_dict_post_hook(lambda _, state: state.update(global_step=self._global_step), prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -205,7 +205,7 @@ class Lamb(lamb.Lamb):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_learning_rate", "_group_rates", "_written", "_order", "_global_step")
+        own = [name for name in Questions.__annotations__ if name in self.__dict__] + ["_weight_decay"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     @property
@@ -216,9 +216,10 @@ class Lamb(lamb.Lamb):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would replay the first call's lr and count
     def _resolve(self) -> Work:
         """Take this step's learning rates and count it, unless it cannot be taken."""
-        self._written = self._next_lrs()
-        for group, lr in zip(self.param_groups, self._written, strict=True):
-            group["lr"] = lr
+        lrs, decays = self._next_lrs(), self._next_decays()
+        self._written = lrs
+        for group, lr, decay in zip(self.param_groups, lrs, decays, strict=True):
+            group.update(lr=lr, weight_decay=decay)
         resolved = super()._resolve()
         self._global_step += 1
         return resolved
@@ -237,14 +238,8 @@ class Lamb(lamb.Lamb):
         for i, (group, rate, written) in enumerate(zip(self.param_groups, self._group_rates, self._written, strict=True)):
             lr = group["lr"]
             if isinstance(rate, DYNAMIC) and lr == written:
-                lr = value_at(rate, self.global_step)
+                lr = value_at(rate, self._global_step)
             elif not isinstance(lr, Tensor):
                 check_number(f"param_groups[{i}]['lr']", lr)  # negative ones are stepped with, as torch does
             lrs.append(lr)
         return lrs
-
-    def _current(self, rate: LearningRate) -> Any:
-        """Return what a group shows before its next step; a vector that is used up shows its last value."""
-        if isinstance(rate, tuple):
-            return rate[min(self.global_step, len(rate) - 1)]
-        return value_at(rate, self.global_step) if isinstance(rate, DYNAMIC) else rate

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torchlamb.mindspore.checks import check_number
-from torchlamb.mindspore.nn.cell import NamedParameter
-from torchlamb.mindspore.nn.learning_rate import parse
+from torchlamb.mindspore.common.parameter import NamedParameter, Parameter
+from torchlamb.mindspore.common.tensor import plain
+from torchlamb.mindspore.nn.optim.learning_rate import parse, parse_decay
 from torchlamb.options import fail, flag
 
 Group = dict[str, Any]
@@ -18,21 +18,21 @@ Group = dict[str, Any]
 KEYS = ("params", "lr", "weight_decay", "grad_centralization", "order_params")
 
 
-def read_params(params: Any) -> tuple[list[Group], list[Tensor] | None]:
-    """Return the groups that `params` stands for, and the order asked for by "order_params".
+def read_params(params: Any) -> tuple[list[Group], list[Tensor] | None, bool]:
+    """Return the groups that `params` stands for, the order asked for by "order_params", and whether it has groups.
 
     Parameters without groups become at most two: those that decay, and those with "beta" or "gamma" in their names. In both
     forms the tensors are still as they were given.
     """
     entries = _listed("params", params)
     if any(isinstance(entry, dict) for entry in entries):
-        return _read_groups(entries)
-    pairs = _pairs("params", entries, or_kind=" or a dict")
+        return *_read_groups(entries), True
+    pairs = _pairs("params", entries, may_be_dict=True)
     check_no_duplicates(pairs, "params", {})
     excluded = [name is not None and ("beta" in name or "gamma" in name) for name, _ in pairs]
     decaying: Group = {"params": [entry for entry, out in zip(entries, excluded, strict=True) if not out]}
     others: Group = {"params": [entry for entry, out in zip(entries, excluded, strict=True) if out], "weight_decay": 0.0}
-    return [group for group in (decaying, others) if group["params"]], [tensor for _, tensor in pairs]
+    return [group for group in (decaying, others) if group["params"]], [tensor for _, tensor in pairs], False
 
 
 def read_group(group: Any, index: int) -> Group:
@@ -50,14 +50,30 @@ def read_group(group: Any, index: int) -> Group:
         raise KeyError(f"group {index} has no 'params'; it takes a list of parameters")
     where = f"group {index} params"
     pairs = _pairs(where, _listed(where, group["params"]))
-    read: Group = {"params": [tensor if name is None else (name, tensor) for name, tensor in pairs]}
+    read: Group = {"params": [pair[1] if pair[0] is None else pair for pair in pairs]}
     if "lr" in group:
         read["lr"] = parse(f"group {index} lr", group["lr"])
     if "weight_decay" in group:
-        read["weight_decay"] = check_number(f"group {index} weight_decay", group["weight_decay"], least=0)
+        read["weight_decay"] = parse_decay(f"group {index} weight_decay", group["weight_decay"])
     if "grad_centralization" in group:
         read["grad_centralization"] = flag(f"group {index} grad_centralization", group["grad_centralization"])
     return read
+
+
+def centralized_apart(group: Group) -> list[Group]:
+    """Return a group, or two of it: of its tensors with 3 or more dims, those of convolutions alone are to be centralized.
+
+    Whether a tensor is a convolution's, is known of what `trainable_params` returned; any other counts by its dims.
+    """
+    if not group.get("grad_centralization"):
+        return [group]
+    others = [x for x in group["params"] if getattr(x, "is_convolution", None) is False and x.parameter.dim() >= 3]
+    if not others:
+        return [group]
+    left = {id(x) for x in others}
+    convolutions = [x for x in group["params"] if id(x) not in left]
+    apart = [{**group, "params": convolutions}, {**group, "params": others, "grad_centralization": False}]
+    return [part for part in apart if part["params"]]
 
 
 def check_no_duplicates(pairs: Iterable[tuple[str | None, Tensor]], where: str, known: dict[int, str]) -> None:
@@ -90,7 +106,7 @@ def check_gradients(gradients: Any, parameters: Sequence[NamedParameter]) -> lis
     """Return the gradients as a list if they fit the parameters."""
     if isinstance(gradients, (Tensor, str, Mapping)) or not isinstance(gradients, Iterable):
         raise fail(TypeError, "gradients", "a tuple of tensors, one for each of optimizer.parameters", type(gradients))
-    given = list(gradients)
+    given = [gradient.detach() if isinstance(gradient, Tensor) else gradient for gradient in map(plain, gradients)]
     if len(given) != len(parameters):
         at = f"; the first without one is {parameters[len(given)].name!r}" if len(given) < len(parameters) else ""
         raise ValueError(f"gradients must hold {len(parameters)} tensors, as optimizer.parameters does, got {len(given)}{at}")
@@ -138,16 +154,21 @@ def _read_groups(entries: list[Any]) -> tuple[list[Group], list[Tensor] | None]:
     return groups, order
 
 
-def _pairs(where: str, entries: Iterable[Any], or_kind: str = "", may_mix: bool = False) -> list[tuple[str | None, Tensor]]:
+def _pairs(
+    where: str, entries: Iterable[Any], may_be_dict: bool = False, may_mix: bool = False
+) -> list[tuple[str | None, Tensor]]:
     """Return the name, if it has one, and the tensor of each parameter, in any of its forms."""
-    pairs: list[tuple[str | None, Tensor]] = []
+    pairs: list[Any] = []
     for i, entry in enumerate(entries):
-        pair = (None, entry) if isinstance(entry, Tensor) else entry
+        pair = entry if not isinstance(entry, Tensor) else (entry.name if type(entry) is Parameter else None, entry)
         if not (
             isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], (str, NoneType)) and isinstance(pair[1], Tensor)
         ):
-            raise fail(TypeError, f"{where}[{i}]", f"a parameter, a (name, parameter) pair{or_kind}", entry)
-        pairs.append((pair[0], pair[1]))
+            wanted = (
+                "a parameter, a (name, parameter) pair or a dict" if may_be_dict else "a parameter or a (name, parameter) pair"
+            )
+            raise fail(TypeError, f"{where}[{i}]", wanted, entry)
+        pairs.append(pair)
         if not may_mix and (pair[0] is None) != (pairs[0][0] is None):
             raise TypeError(
                 f"{where}[{i}] must have a name where others have one, and none where they have none; name all or none"

@@ -1,4 +1,4 @@
-"""The five forms of a learning rate, and its value at a step."""
+"""The five forms of a learning rate, the two of a weight decay, and their values at a step."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from torchlamb.mindspore.checks import check_number
+from torchlamb.mindspore.common import tensor as front
 from torchlamb.mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from torchlamb.options import fail
 
 # Fixed: a number, or a 0-dim tensor that the user may change in place. Dynamic: one value for each step, or a schedule.
 LearningRate = float | Tensor | tuple[float, ...] | LearningRateSchedule
 DYNAMIC = (tuple, LearningRateSchedule)
+# Fixed: a number. Dynamic: a cell or a schedule, which is called with the step.
+WeightDecay = float | LearningRateSchedule | nn.Module
+DYNAMIC_DECAY = (LearningRateSchedule, nn.Module)
 
 
 def parse(name: str, value: Any) -> LearningRate:
@@ -26,6 +31,7 @@ def parse(name: str, value: Any) -> LearningRate:
     """
     if isinstance(value, LearningRateSchedule):
         return value
+    value = front.plain(value)
     if isinstance(value, Tensor):
         if value.dim() == 0:
             number = check_number(name, value.item(), least=0)
@@ -39,6 +45,25 @@ def parse(name: str, value: Any) -> LearningRate:
         wanted = "a number >= 0, a 0-dim or 1-D tensor, an iterable of numbers or a LearningRateSchedule"
         raise fail(TypeError, name, wanted, value)
     return _vector(name, value)
+
+
+def parse_decay(name: str, value: Any) -> WeightDecay:
+    """Return a weight decay in one of its two forms.
+
+    Raises:
+        TypeError: it is neither a number nor a cell
+        ValueError: it is negative or not finite
+    """
+    return value if isinstance(value, DYNAMIC_DECAY) else check_number(name, value, least=0)
+
+
+def decay_at(decay: WeightDecay, step: int) -> float:
+    """Return a weight decay's value at the 0-based step.
+
+    Raises:
+        TypeError, ValueError: a cell returned something else than a finite number >= 0
+    """
+    return _called("weight decay", decay, step) if isinstance(decay, DYNAMIC_DECAY) else decay
 
 
 def value_at(lr: tuple[float, ...] | LearningRateSchedule, step: int) -> float:
@@ -55,10 +80,15 @@ def value_at(lr: tuple[float, ...] | LearningRateSchedule, step: int) -> float:
                 "give one value for every step, or a LearningRateSchedule"
             )
         return lr[step]
-    value = lr(step)
+    return _called("learning rate", lr, step)
+
+
+def _called(what: str, schedule: Any, step: int) -> float:
+    with torch.no_grad():
+        value = front.plain(schedule(front.Tensor([step], torch.int32)))
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    return check_number(f"the learning rate of {type(lr).__name__} at step {step}", value, least=0)
+    return check_number(f"the {what} of {type(schedule).__name__} at step {step}", value, least=0)
 
 
 def _vector(name: str, values: Iterable[Any]) -> tuple[float, ...]:

@@ -99,7 +99,7 @@ def test_row12_values_by_hand():
     assert [nn.WarmUpLR(1.0, 4)(s) for s in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
 
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "mindspore" / "schedules.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "mindspore" / "schedules.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["schedule"] + str(list(case["arguments"].values())))

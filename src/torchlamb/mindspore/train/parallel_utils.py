@@ -1,0 +1,5 @@
+"""Parallel modes, where older scripts import them."""
+
+from torchlamb.mindspore.context import ParallelMode
+
+__all__ = ["ParallelMode"]
