@@ -32,7 +32,9 @@ def is_ours(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 def is_adams(group: Mapping[str, Any]) -> bool:
     """Return whether a group is one of torch's Adam, AdamW or RAdam."""
-    return "layer_adaptation" not in group and ("amsgrad" in group or "decoupled_weight_decay" in group)
+    if "layer_adaptation" in group or "momentum_decay" in group:  # NAdam's
+        return False
+    return "amsgrad" in group or "decoupled_weight_decay" in group
 
 
 def why_state_refused(entry: Mapping[str, Any], name: str) -> str | None:

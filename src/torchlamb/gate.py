@@ -88,9 +88,7 @@ class Gate:
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
         self.admissions: dict[int, Sequence[Admission]] = {}  # of each such parameter; none where all are admitted at once
-        self.grads: dict[
-            int, dict[int, Tensor]
-        ] = {}  # by place among them, what is read instead of a gradient: see `_own_grads`
+        self.odd_grads: dict[int, dict[int, bool]] = {}  # by place among them, whose gradients `own_grad` copies
 
     def look(self, index: int, group: Mapping[str, Any], states: Mapping[Tensor, Any], check: Callable[[], None]) -> None:
         """Decide about a group's parameters that have gradients.
@@ -133,7 +131,7 @@ class Gate:
             known = _Known(seen, dtypes, _admissions(columns, spans), spans, ends, {span.storage for span in spans})
         known.grad_dtypes = dtypes
         self._known[index] = known
-        self.grads[index] = _own_grads(params, grads, known, name_of)
+        self.odd_grads[index] = _odd_grads(params, grads, known, name_of)
         self.admissions[index] = known.admissions if any(a != _ADMITTED for a in known.admissions) else ()
 
 
@@ -154,7 +152,7 @@ def _form(tensors: Sequence[Tensor]) -> tuple[list[torch.Size], list[torch.devic
 
 
 def _addresses(column: Sequence[Any]) -> list[int]:
-    return [t.data_ptr() if type(t) in _PLAIN or _has_memory(t) else 0 for t in column]
+    return [t.data_ptr() if (type(t) in _PLAIN or has_memory(t)) and t.layout is torch.strided else 0 for t in column]
 
 
 def _spans(columns: Sequence[Sequence[Any]], name_of: _Names) -> Iterator[Span]:
@@ -172,7 +170,7 @@ def _spans(columns: Sequence[Sequence[Any]], name_of: _Names) -> Iterator[Span]:
             reason = _why_refused(tensor)
             if reason is not None:
                 raise RuntimeError(f"{key + ' of ' if key else ''}{name_of[row]} {reason}")
-            if _has_memory(tensor):
+            if has_memory(tensor):
                 start = tensor.data_ptr()
                 span = Span(start, start + _extent(tensor) * tensor.itemsize, row, tensor.untyped_storage().data_ptr())
                 if key in _IN_ITS_SHAPE and span.end > start:
@@ -181,13 +179,14 @@ def _spans(columns: Sequence[Sequence[Any]], name_of: _Names) -> Iterator[Span]:
 
 def _why_refused(t: Tensor) -> str | None:
     """Return what is said of a tensor that not even torch's operations could step."""
-    if t.layout is not torch.strided or t.is_nested:
-        return f"has layout {t.layout}{' and is nested' if t.is_nested else ''}; give Lamb dense tensors: to_dense()"
+    if t.layout is not torch.strided or t.is_nested or t._is_zerotensor():
+        what = " and is nested" if t.is_nested else " and no memory" if t._is_zerotensor() else ""
+        return f"has layout {t.layout}{what}; give Lamb dense tensors: to_dense() or clone()"
     if t.is_conj():
         return "has a conjugate bit, and nobody can view it as real numbers; give Lamb its resolve_conj()"
     if t.is_inference() and not torch.is_inference_mode_enabled():
         return "was made in inference mode, outside of which nobody may write to it; give Lamb a clone()"
-    if not _has_memory(t):
+    if not has_memory(t):
         return None
     if _is_too_short(t):
         return "is larger than its storage, which was freed or resized; restore it before step()"
@@ -198,7 +197,7 @@ def _why_refused(t: Tensor) -> str | None:
     )
 
 
-def _has_memory(t: Any) -> bool:
+def has_memory(t: Any) -> bool:
     """Return whether it is a tensor with memory of its own, that is neither only described nor inside another."""
     return isinstance(t, Tensor) and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_meta
 
@@ -260,20 +259,32 @@ def _refuse_real_among_fake(params: Sequence[Tensor], name_of: _Names) -> None:
                 )
 
 
-def _own_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known, name_of: _Names) -> dict[int, Tensor]:
-    """Return, by row, copies of gradients in memory that a step writes, and those of subclasses as plain as they can be had.
+def own_grad(param: Tensor, grad: Tensor, is_in_memory: bool) -> Tensor:
+    """Return a copy of a gradient: plain if it has memory of its own, else like the parameter."""
+    if is_in_memory:
+        return grad.as_subclass(Tensor).clone()
+    return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
 
-    Beside a parameter of another kind, it would be left to a subclass what its operations do with what is written.
+
+def _odd_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known, name_of: _Names) -> dict[int, bool]:
+    """Return of which rows the gradient is to be copied, and whether each has memory of its own.
+
+    It is in memory that a step writes, or of another kind than the parameter: then it would be left to a subclass what its
+    operations do with what is written.
 
     Raises:
         RuntimeError: the memory of a gradient was freed or is too small
     """
-    own: dict[int, Tensor] = {}
+    odd: dict[int, bool] = {}
     for row, grad in enumerate(grads):
         is_plain = type(grad) in _PLAIN
-        if grad.is_meta or not (is_plain or _has_memory(grad)):
+        if grad.is_meta or not (is_plain or has_memory(grad)):
             if not is_plain and type(grad) is not type(params[row]) and not is_dtensor(params[row]):
-                own[row] = torch.empty_like(params[row], dtype=grad.dtype, requires_grad=False).copy_(grad)
+                odd[row] = False
+            continue
+        if not is_plain or grad._is_zerotensor():  # zeros without memory, as autograd may make them
+            odd[row] = True
+        if grad._is_zerotensor():
             continue
         storage, size = grad.untyped_storage(), grad.numel()
         if storage.nbytes() < (grad.storage_offset() + size) * grad.itemsize and _is_too_short(grad):
@@ -281,8 +292,6 @@ def _own_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known,
                 f"the gradient of {name_of[row]} is larger than its storage, which was freed or resized; restore it before "
                 "step()"
             )
-        if not is_plain:
-            own[row] = grad.as_subclass(Tensor)
         if storage.data_ptr() in known.storages and size and not is_dtensor(params[row]):
             start = grad.data_ptr()
             end = start + _extent(grad) * grad.itemsize
@@ -290,5 +299,5 @@ def _own_grads(params: Sequence[Tensor], grads: Sequence[Tensor], known: _Known,
             if known.ends[count - 1] > start and any(
                 start < span.end for span in known.spans[:count] if span.row != row or span.start != start
             ):
-                own[row] = grad.as_subclass(Tensor).clone()
-    return own
+                odd[row] = True
+    return odd

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict, _use_grad_for_d
 
 from torchlamb.backends import Work, prepare, resolve
 from torchlamb.bucket import COLUMNS, Bucket, is_small, make_local_, new_columns, sort_into_buckets, sums_without_grad
-from torchlamb.gate import Gate, why_not
+from torchlamb.gate import Gate, own_grad, why_not
 from torchlamb.guard import check_devices, guard, is_guarded
 from torchlamb.last_step import LastStep
 from torchlamb.loading import read
@@ -423,8 +423,8 @@ class Lamb(Optimizer):
         work: Work = []
         start = 0
         for number, (group, columns) in enumerate(zip(self.param_groups, filled, strict=True)):
-            for row, grad in self._gate.grads[number].items():
-                columns["grads"][row] = grad
+            for row, is_in_memory in self._gate.odd_grads[number].items():
+                columns["grads"][row] = own_grad(columns["params"][row], columns["grads"][row], is_in_memory)
             indices = [start + i for i, p in enumerate(group["params"]) if p.grad is not None]
             start += len(group["params"])
             scalars = Scalars.from_group({**group, "lr": lr_of(group, self.defaults["lr"])})
@@ -501,7 +501,8 @@ class Lamb(Optimizer):
             check_devices(self.param_groups)
         known = self._plan.fits(self.param_groups)
         for i, group in enumerate(self.param_groups):
-            reason = why_flat(group["params"], self._began[i])
+            began = self._began[i] if i < len(self._began) else _count_and_dims(group["params"])  # added to the list by hand
+            reason = why_flat(group["params"], began)
             if reason is not None:
                 raise NotImplementedError(f"group {i} {reason}")
             if not known:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from torchlamb.foreign import adam_notes, is_adams, is_ours, why_state_refused
+from torchlamb.gate import has_memory
 from torchlamb.names import by_name
 from torchlamb.options import normalise, warn_caller
 from torchlamb.plain import plain
@@ -190,7 +191,7 @@ def _stored(entry: Mapping[str, Any], param: Tensor, storage: Storage | None, ta
     state: State = {}
     for key, value in entry.items():
         if key in NUMBERS:
-            number = value if isinstance(value, Tensor) else torch.tensor(plain(value), device="cpu")
+            number = _plainest(value) if isinstance(value, Tensor) else torch.tensor(plain(value), device="cpu")
             device = number.device if number.is_meta or storage is None else storage.device_of_step(param)
             state[key] = number.detach().reshape(()).to(device, NUMBERS[key], copy=True)  # each counts for itself
         elif key in (*MOMENTS, "master") and isinstance(value, Tensor):
@@ -199,11 +200,16 @@ def _stored(entry: Mapping[str, Any], param: Tensor, storage: Storage | None, ta
             dtype = value.dtype if storage is None else torch.float32 if key == "master" else storage.moment_dtype(param)
             # Moments are shared with the dict, as in torch. Masters are copied: a dict may have been given weights.
             copy = key == "master" or not taken.add(value)
-            value = value.detach().resolve_conj().resolve_neg()
+            value = _plainest(value).detach().resolve_conj().resolve_neg()
             state[key] = (value.clone(memory_format=_layout(value)) if copy else value).to(param.device, dtype)
         else:  # of a wrapper, or the user's own
             state[key] = _moved(value, param.device)
     return state
+
+
+def _plainest(tensor: Tensor) -> Tensor:
+    """Return a tensor of a subclass that has words of its own, but memory as any, as what it is in memory."""
+    return tensor.as_subclass(Tensor) if has_memory(tensor) else tensor
 
 
 class _Memory:

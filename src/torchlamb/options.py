@@ -243,7 +243,8 @@ def _finite_from_0(x: float) -> bool:
 def _number(wanted: str, accept: Callable[[float], bool]) -> Callable[[str, Any], float]:
     def check_number(name: str, value: Any) -> float:
         if type(value) is not float:
-            number = plain(value)
+            is_number = isinstance(value, Tensor) and value.numel() == 1 and value.is_cpu and value.is_floating_point()
+            number = value.item() if is_number else plain(value)  # a tensor, as AdamW takes it for betas
             if isinstance(number, bool) or not isinstance(number, Real):
                 raise fail(TypeError, name, wanted, value)
             try:
@@ -275,7 +276,7 @@ def _betas(name: str, value: Any) -> tuple[float, float]:
 def _pair(name: str, value: Any, wanted: str, check_one: Callable[[str, Any], float]) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)):  # omegaconf's lists, NumPy's arrays
         is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not hasattr(value, "keys")
-        if not is_list or isinstance(value, (str, bytes, Tensor)) or getattr(value, "ndim", 1) != 1:
+        if not is_list or isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) != 1:
             raise fail(TypeError, name, wanted, value)
     if len(value) != 2:
         raise fail(ValueError, name, wanted, value)

@@ -320,6 +320,22 @@ def test_parameters_that_share_memory(kind, options):
     assert done.stdout.split()[0] == "1", done.stdout
 
 
+@pytest.mark.parametrize("options", BACKENDS, ids=str)
+def test_parameters_that_overlap_step_one_after_the_other(options):
+    """The second begins from what the first has written, as in two optimizers that are called in turn."""
+    together, apart = randn(150), randn(150)
+    params, others = ([nn.Parameter(flat[:100]), nn.Parameter(flat[50:])] for flat in (together, apart))
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        p.grad, q.grad = randn(100, seed=i + 1), randn(100, seed=i + 1)
+    optimizer = torchlamb.Lamb(params, lr=0.1, weight_decay=0.1, **options)
+    in_turn = [torchlamb.Lamb([q], lr=0.1, weight_decay=0.1, **options) for q in others]
+    for _ in range(3):
+        optimizer.step()
+        for one in in_turn:
+            one.step()
+    assert torch.equal(together, apart)
+
+
 def test_parameters_that_lie_next_to_each_other_do_not_overlap():
     """As flat buffers are cut, and rows in between each other: all of it is stepped."""
     flat = randn(12)
@@ -338,6 +354,40 @@ def test_parameters_that_lie_next_to_each_other_do_not_overlap():
         p.grad = grad
     torchlamb.Lamb(params, lr=0.1).step()
     assert_close(params, reference_of(values, grads, lr=0.1))
+
+
+@pytest.mark.parametrize("options", BACKENDS, ids=str)
+def test_a_gradient_in_memory_that_the_step_writes(options):
+    """It counts as it was before the step: a small parameter's is a part of a large one, which is stepped first."""
+    value, grad = randn(20_000), randn(20_000, seed=1)
+    large, small = nn.Parameter(value.clone()), nn.Parameter(randn(100, seed=2))
+    wanted = reference_of([value, small.clone()], [grad, value[:100]], lr=0.1, **options)
+    large.grad, small.grad = grad, large.detach()[:100]
+    torchlamb.Lamb([large, small], lr=0.1, **options).step()
+    assert_close([large, small], wanted)
+
+
+class Logged(torch.Tensor):
+    """Has memory, and operations of its own."""
+
+    called: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.called.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("options", BACKENDS, ids=str)
+def test_a_gradient_of_a_subclass_is_read_as_a_plain_tensor(options):
+    """Its own operations would decide what is written to a plain parameter and its moments."""
+    value, grad = randn(4, 3), randn(4, 3, seed=1)
+    p = nn.Parameter(value.clone())
+    p.grad = grad.clone().as_subclass(Logged)
+    Logged.called.clear()
+    torchlamb.Lamb([p], lr=0.1, **options).step()
+    assert_close([p], reference_of([value], [grad], lr=0.1, **options))
+    assert not [name for name in Logged.called if name.endswith("_") and not name.startswith("__")]  # in place
 
 
 @pytest.mark.parametrize("options", BACKENDS, ids=str)
@@ -365,7 +415,8 @@ def test_memory_that_was_freed_between_steps(what, size, options):
         p, other = nn.Parameter(randn(1000)), nn.Parameter(randn(10, seed=1))
         optimizer = torchlamb.Lamb([other, p], **options)
         p.grad, other.grad = randn(1000, seed=2), randn(10, seed=3)
-        optimizer.step()
+        for _ in range(2):  # the second is remembered with all of the state
+            optimizer.step()
         tensor = {"param": p, "grad": p.grad, **optimizer.state[p]}[what]
         kept, before = tensor.detach().clone(), other.detach().clone()
         tensor.untyped_storage().resize_(0 if size == "freed" else 100)
@@ -375,7 +426,7 @@ def test_memory_that_was_freed_between_steps(what, size, options):
             said = str(error)
         else:
             said = None
-        unchanged = torch.equal(other, before) and optimizer.state[other]["step"].item() == 1
+        unchanged = torch.equal(other, before) and optimizer.state[other]["step"].item() == 2
         tensor.untyped_storage().resize_(4000)
         with torch.no_grad():
             tensor.copy_(kept)
@@ -433,3 +484,65 @@ def test_a_gradient_in_memory_that_another_row_writes(options):
     params[0].grad, params[1].grad = grad, params[0].detach()[200:700]
     torchlamb.Lamb(params, lr=0.1, **options).step()
     assert_close(params, reference_of(values, [grad, values[0][200:700]], lr=0.1))
+
+
+class Tagged(torch.Tensor):
+    """A subclass with memory as any, and words of its own."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["subclass", "another parameter's memory"])
+def test_a_compiled_step_reads_odd_gradients_anew(kind):
+    """What is copied of them is copied in the graph, not when that is made."""
+
+    def run(compiles):
+        p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.full((2, 2), 2.0))
+        optimizer = torchlamb.Lamb([q, p], lr=0.1)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiles else optimizer.step
+        for i in range(4):
+            q.grad = torch.full((2, 2), 1.0 - i)
+            p.grad = q.data if kind != "subclass" else torch.full((2, 2), 1.0 - 3 * i).as_subclass(Tagged)
+            step()
+        return p.detach()
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-6, atol=1e-7)
+    torch.compiler.reset()
+
+
+def test_gradients_that_are_zero_without_memory():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch._efficientzerotensor((3,))
+    torchlamb.Lamb([p], weight_decay=0.1, lr=0.1).step()
+    assert_close([p], [torch.full((3,), 0.9)])
+
+
+@pytest.mark.parametrize("options", BACKENDS, ids=str)
+def test_a_subclass_whose_halves_differ_has_a_ratio_for_each(options):
+    def run():
+        values, grad = [randn(4, 3), randn(4, 3, seed=1)], randn(4, 3, seed=2)
+        p = nn.Parameter(TwoTensor(*(v.clone() for v in values)))
+        optimizer = torchlamb.Lamb([p], lr=0.1, weight_decay=0.1, **options)
+        p.grad = TwoTensor(grad.clone(), grad.clone())
+        optimizer.step()
+        assert_close([p.data.a, p.data.b], reference_of(values, [grad, grad], lr=0.1, weight_decay=0.1))
+
+    forked(run)
+
+
+def test_groups_that_were_written_by_hand():
+    """Appended to `param_groups`, or empty and filled later."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = torchlamb.Lamb([{"params": [params[0]]}, {"params": []}])
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [params[1]]})
+    optimizer.param_groups[1]["params"].append(params[2])
+    optimizer.step()
+    assert all(not torch.equal(p, torch.ones(3)) for p in params)
+
+
+@pytest.mark.parametrize("betas", [(torch.tensor(0.9), torch.tensor(0.99)), torch.tensor([0.9, 0.99], dtype=torch.float64)])
+def test_betas_that_are_tensors(betas):
+    optimizer = torchlamb.Lamb([nn.Parameter(torch.ones(3))], betas=betas)
+    assert optimizer.param_groups[0]["betas"] == pytest.approx((0.9, 0.99))
+    assert all(type(beta) is float for beta in optimizer.param_groups[0]["betas"])

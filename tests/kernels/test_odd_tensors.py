@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cases import SEED
-from loading import HANGS
+from loading import HANGS, with_helpers
 
 FRESH = SEED or random.SystemRandom().randrange(1, 2**31)  # printed where it fails
 SCRIPT = Path(__file__).with_name("odd_tensors.py")
@@ -24,7 +23,7 @@ def search(seconds: int, seed: int, *flags: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         timeout=seconds + HANGS,  # a failure is made smaller, which takes a while
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1]), **environment},
+        env=with_helpers(OMP_NUM_THREADS=1, **environment),
         cwd=SCRIPT.parent,
         check=False,
     )

@@ -50,8 +50,9 @@ def step(bucket: Bucket, sums: Tensor) -> None:
     for rows, batch in _batches(bucket):
         params = weights(batch)
         updates = _updates(batch, params, *_advance_(batch))
-        sums[rows] = _sums(params, updates)
-        _subtract_(batch, params, updates, sums[rows])
+        found = _sums(params, updates)  # of a subclass, maybe: the ratio follows from these
+        sums[rows] = found
+        _subtract_(batch, params, updates, found)
 
 
 def _batches(bucket: Bucket) -> Iterator[tuple[slice, Bucket]]:

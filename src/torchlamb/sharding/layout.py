@@ -195,7 +195,7 @@ def why_flat(params: Sequence[Tensor], began: tuple[int, int]) -> str | None:
         params: of the group now
         began: how many there were when the group was added, and how many dims the first of them had
     """
-    if len(params) != 1 or began == (1, 1) or is_lazy(params[0]) or params[0].dim() != 1 or is_dtensor(params[0]):
+    if len(params) != 1 or began in ((0, 0), (1, 1)) or is_lazy(params[0]) or params[0].dim() != 1 or is_dtensor(params[0]):
         return None
     return (
         f"held {began[0]} parameters, the first with {began[1]} dims, and now holds one flat tensor, in which the layers that "
