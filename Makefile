@@ -30,11 +30,10 @@ test: .venv/test.stamp
 
 test-all: test test-slow
 
-# What `test` leaves out, two fresh seeds, and the GPU's kernels with the newest Triton.
+# What `test` leaves out, and the GPU's kernels with the newest Triton.
 test-slow: .venv/all.stamp $(if $(LINUX),.venv/triton.stamp)
 	$(PYTEST) -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
-	$(BIN)/python tests/soak.py --rounds 2
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/gpu/test_gpu.py -m "not slow")
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(INTERPRETED) -m "not slow")
 
