@@ -96,7 +96,7 @@ FAULTS = [
     Fault("backends/csrc/entry.cpp", "std::isfinite(param_sq) && std::isfinite(update_sq)", "std::isfinite(param_sq)", (*GUARD, "-k", "default")),
     Fault("backends/csrc/entry.cpp", "skip(o.skip != nullptr && *o.skip)", "skip(false)", (*GUARD, "-k", "default")),
     Fault("backends/csrc/convert.h", "(raw + 0x7FFF + ((raw >> 16) & 1)) >> 16;", "(raw + 0x8000) >> 16;", BITS),
-    Fault("backends/csrc/convert.h", "if (size >= 0x477FF000)", "if (size > 0x477FF000)", BITS),
+    Fault("backends/csrc/convert.h", "return uint16_t(sign | 0x7C00);", "return uint16_t(sign | 0x7BFF);", BITS),
     # The GPU's kernels
     Fault("backends/gpu_kernels.py", "m = numbers.beta1 * m + g", "m = numbers.beta1 * m + numbers.grad_weight * g", (*RULE, "-k", "everything")),
     Fault("backends/gpu_kernels.py", "v = numbers.beta2 * v + numbers.grad_sq_weight * (g * g)", "v = numbers.beta2 * v + (g * g)", (*RULE, "-k", "everything")),

@@ -91,22 +91,29 @@ def test_bad_gradient(case, guard, bad, dtype, monkeypatch):
     assert reference.nonfinite_parameters() == []
 
 
-@pytest.mark.parametrize("storage", [{}, {"master_weights": True}, {"stochastic_rounding": True}, {"blocks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"master_weights": True}, {"stochastic_rounding": True}, {"blocks": 2}, {"layer_adaptation": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("case", BACKEND_PARAMS)
-def test_an_update_whose_norm_is_not_finite(case, storage, monkeypatch):
-    """The parameter stays, the others and all moments go on, and it is counted; so for a parameter that is not finite."""
+def test_an_update_whose_norm_is_not_finite(case, options, monkeypatch):
+    """The parameter stays, the others and all moments go on, and it is counted; so for a parameter that is not finite.
+
+    Divided by an infinite norm an update would move nothing: without layer adaptation it is not.
+    """
     use(monkeypatch, case)
-    dtype = torch.float32 if "blocks" in storage else torch.bfloat16
+    dtype = torch.float32 if "blocks" in options else torch.bfloat16
     huge, poisoned, fine = params = [nn.Parameter(torch.full((4, 3), 2.0, dtype=dtype)) for _ in range(3)]
     poisoned.data[3, 2] = math.inf
     groups = [{"params": [huge], "weight_decay": 1e30}, {"params": [poisoned, fine]}]
-    optimizer = torchlamb.Lamb(groups, lr=0.1, skip_nonfinite=True, **storage, **case.options)
+    optimizer = torchlamb.Lamb(groups, lr=0.1, skip_nonfinite=True, **options, **case.options)
     for step in range(1, 4):
         before = [p.detach().clone() for p in params]
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        left = [slice(None), slice(2, None)] if "blocks" in storage else [slice(None), slice(None)]  # one block is fine
+        left = [slice(None), slice(2, None)] if "blocks" in options else [slice(None), slice(None)]  # one block is fine
         assert torch.equal(huge[left[0]], before[0][left[0]])
         assert torch.equal(poisoned[left[1]], before[1][left[1]])
         assert not torch.equal(fine, before[2])

@@ -1,5 +1,6 @@
 """A training run that is killed at random moments and started again: what test_kills.py runs in processes of its own.
 
+Moments are counted in function calls, not in seconds, and the process kills itself: no clock decides whether it gets there.
 Processes are forked from one that has imported everything, so that a new start costs a fraction of a second.
 """
 
@@ -8,12 +9,12 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import random
+import signal
 import socket
 import sys
 import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,15 @@ import torchlamb
 from torchlamb import checkpoint
 
 STEPS, SAVE_EVERY = 120, 2
+HANGS = 600.0  # seconds, a limit against hangs only
+LEFT = 1  # seconds for a process whose partner was killed
+
+
+class Moment(NamedTuple):
+    """When a process kills itself: at so many function calls, of Python's or C's, from the beginning of a step."""
+
+    step: int
+    calls: int
 
 
 def make_model() -> nn.Module:
@@ -31,8 +41,11 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(40, 60), nn.LayerNorm(60), nn.ReLU(), nn.Dropout(0.2), nn.Linear(60, 10)).bfloat16()
 
 
-def run(folder: Path, result: Path, rank: int, port: int, began: Event) -> None:
-    """Train all steps, from the newest checkpoint if there is one, and write the parameters and the state at the end."""
+def run(folder: Path, result: Path, rank: int, port: int, moment: Moment | None) -> None:
+    """Train all steps, from the newest checkpoint if there is one, and write the parameters and the state at the end.
+
+    Between the first two steps that are saved it counts function calls, and writes their number beside the result.
+    """
     torch.set_num_threads(1)
     if port:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
@@ -50,8 +63,13 @@ def run(folder: Path, result: Path, rank: int, port: int, began: Event) -> None:
         torch.set_rng_state(more["rng"])
     else:
         torch.manual_seed(1)
-    began.set()
+    calls = Calls(None if moment is None else moment.calls)
     for step in range(first, STEPS):
+        if step == (SAVE_EVERY if moment is None else moment.step):
+            sys.setprofile(calls.count)
+        if moment is None and step == 2 * SAVE_EVERY:
+            sys.setprofile(None)
+            result.with_suffix(".calls").write_text(str(calls.number))
         optimizer.zero_grad()
         x = torch.randn(16, 40, generator=torch.Generator().manual_seed(100 * step + rank)).bfloat16()
         loss = model(x).float().square().mean()
@@ -71,30 +89,52 @@ def run(folder: Path, result: Path, rank: int, port: int, began: Event) -> None:
         dist.destroy_process_group()
 
 
+class Calls:
+    """Counts function calls, and kills the process at one of them."""
+
+    def __init__(self, last: int | None) -> None:
+        self.number, self.last = 0, last
+
+    def count(self, _frame: Any, _event: str, _arg: Any) -> None:
+        """Count, as a function for `sys.setprofile`: before and after what is called."""
+        self.number += 1
+        if self.number == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-def start(folder: Path, result: Path, processes: int) -> tuple[Event, list[Any]]:
-    """Return what is set when the first of them trains, and the processes."""
-    context = mp.get_context("fork")
-    port, began = free_port() if processes > 1 else 0, context.Event()
-    started = [context.Process(target=run, args=(folder, result, rank, port, began)) for rank in range(processes)]
+def start(folder: Path, result: Path, processes: int, moments: dict[int, Moment]) -> list[Any]:
+    """Return the processes, of which those with a moment kill themselves then."""
+    port = free_port() if processes > 1 else 0
+    started = [
+        mp.get_context("fork").Process(target=run, args=(folder, result, rank, port, moments.get(rank)))
+        for rank in range(processes)
+    ]
     for process in started:
         process.start()
-    return began, started
+    return started
 
 
 def end(started: list[Any]) -> list[int]:
     """Wait for what is left to end, with a limit, and return the exit codes."""
     for process in started:
-        process.join(60 if all(p.exitcode in (None, 0) for p in started) else 1)
+        process.join(HANGS if all(p.exitcode in (None, 0) for p in started) else LEFT)
         if process.exitcode is None:
             process.kill()
             process.join()
     return [process.exitcode for process in started]
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step to go on with from the newest checkpoint, 0 where there is none."""
+    if not folder.is_dir() or not any(folder.glob("checkpoint-*")):
+        return 0
+    return int(checkpoint.more_of(checkpoint.newest(folder))["step"])
 
 
 def main(folder: Path, processes: int, kills: int, seed: int) -> None:
@@ -103,32 +143,32 @@ def main(folder: Path, processes: int, kills: int, seed: int) -> None:
     Prints how often it was killed, and how often of those while a checkpoint was being written.
     """
     whole, killed = folder / "whole", folder / "killed"
-    began, started = start(whole, folder / "whole.0", processes)
-    began.wait(60)
     clock = time.monotonic()
-    assert end(started) == [0] * processes, "the uninterrupted run failed"
+    assert end(start(whole, folder / "whole.0", processes, {})) == [0] * processes, "the uninterrupted run failed"
     seconds = time.monotonic() - clock
+    calls = int((folder / "whole.calls").read_text())  # in as many steps as lie between two checkpoints
     random.seed(seed)
-    done = saving = 0
-    while done < kills:
-        began, started = start(killed, folder / "killed.0", processes)
-        assert began.wait(60), "it did not start again"
-        time.sleep(random.uniform(0, 2 * seconds / kills))
-        victim = random.choice(started)
-        assert victim.exitcode is None, "it ended before it was killed often enough"
-        victim.kill()
-        victim.join()
-        done += 1
+    saving = 0
+    for kill in range(kills):
+        first = newest_step(killed)
+        left = kills - kill
+        ahead = random.uniform(0, 2 * (STEPS - first) / left)  # on average, the kills spread over all steps
+        # A kill goes at most one checkpoint beyond its step: so many steps are left for those that follow.
+        moment = Moment(min(first + int(ahead), STEPS - 2 * SAVE_EVERY * left), random.randint(1, calls))
+        victim = random.randrange(processes)
+        started = start(killed, folder / "killed.0", processes, {victim: moment})
+        started[victim].join(HANGS)
+        assert started[victim].exitcode == -signal.SIGKILL, f"it ended with {started[victim].exitcode} before {moment}"
         saving += any(killed.glob(".saving-*"))
         end(started)
-    assert end(start(killed, folder / "killed.0", processes)[1]) == [0] * processes, "the resumed run failed"
+    assert end(start(killed, folder / "killed.0", processes, {})) == [0] * processes, "the resumed run failed"
     for rank in range(processes):
         a, b = (torch.load(folder / f"{name}.{rank}", weights_only=True) for name in ("whole", "killed"))
         assert len(a) == len(b) > 0
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), "the resumed run ended elsewhere"
     assert len(list(killed.glob("checkpoint-*"))) == 3
     assert not list(killed.glob(".saving-*"))
-    sys.stdout.write(f"killed {done} times, {saving} of them while a checkpoint was written; {seconds:.1f} s uninterrupted\n")
+    sys.stdout.write(f"killed {kills} times, {saving} of them while a checkpoint was written; {seconds:.1f} s uninterrupted\n")
 
 
 if __name__ == "__main__":
