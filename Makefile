@@ -81,9 +81,9 @@ sanitize: .venv/test.stamp
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# The BERT example, what the library is used with (Hugging Face, Lightning, TensorBoard), and what makes distributions.
+# The BERT example, what the library is used with (Hugging Face, Lightning, DeepSpeed, TensorBoard), and what makes distributions.
 .venv/all.stamp: .venv/test.stamp
-	$(PIP) install -q -c constraints.txt -e '.[bert,ecosystem,dist]'
+	$(PIP) install -q -c constraints.txt -e '.[bert,deepspeed,dist,ecosystem]'
 	@touch $@
 
 # Triton alone, before the one that torch was made with.

@@ -17,6 +17,7 @@ from torchlamb import rule
 from torchlamb.backends import Work
 from torchlamb.bucket import Bucket
 from torchlamb.sharding.layout import is_plain
+from torchlamb.sharding.norm_group import NormGroup, sum_of
 from torchlamb.sharding.sums import Plan, Rows
 
 
@@ -29,6 +30,7 @@ class Verdict:
     skip: Tensor | None = None  # 0-dim bool: whether nothing is stepped; None where the host knows that something is
     skipped: bool = False  # the host knows that nothing is
     grad_sq_norms: Rows = ()  # over all processes; none where they did not matter
+    overflows: Tensor | None = None  # 0-dim bool: the total of these is not finite, which it may be though each of them is
 
     def on(self, bucket: Bucket) -> Bucket:
         """Return a bucket that steps accordingly, with gradients that are centralized, if that is asked for."""
@@ -67,6 +69,7 @@ def guard(
     groups: Sequence[dict[str, Any]],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    norm_group: NormGroup | None,
 ) -> Verdict:
     """Decide what gradients are multiplied by, and whether a step is taken.
 
@@ -76,26 +79,34 @@ def guard(
         groups: the parameter groups; max_grad_norm, skip_nonfinite and differentiable are the same in all of them
         grad_scale: (1,) or 0-dim, what the loss was multiplied by; set by torch.amp.GradScaler around step()
         found_inf: (1,) or 0-dim, not 0 where the scaler found a gradient that is not finite
+        norm_group: processes that hold other parameters, whose gradients count, too
     """
     group = groups[0]
     factor: Tensor | None = None if grad_scale is None else 1.0 / grad_scale.reshape(())
-    guarded = is_guarded(group) and (bool(work) or plan.is_sharded)
+    several = plan.is_sharded or norm_group is not None  # processes, which all take part, whatever gradients they have
+    guarded = is_guarded(group) and (bool(work) or several)
     sums: Rows = ()
-    if guarded or (plan.is_sharded and found_inf is not None):
-        sums, found_inf = _over_all_processes(work, plan, guarded, found_inf)
+    if guarded or (several and found_inf is not None):
+        sums, found_inf = _over_shards(work, plan, guarded, found_inf)
+    sq_norm = sum_of(sums, norm_group) if sums else torch.zeros((), device=None if found_inf is None else found_inf.device)
+    here = sq_norm
+    if norm_group is not None and (guarded or found_inf is not None):
+        sq_norm, found_inf = norm_group.add(sq_norm, found_inf)
     skip: Tensor | None = None if found_inf is None else found_inf.reshape(()) != 0
+    overflows: Tensor | None = None
     if guarded:
-        sq_norm = _total([rows for _, rows in sums])
         if factor is not None:
-            sq_norm = sq_norm * factor.to(sq_norm.device) ** 2
+            squared = factor.to(sq_norm.device) ** 2
+            sq_norm, here = sq_norm * squared, here * squared
         nonfinite = ~torch.isfinite(sq_norm.float())
+        overflows = nonfinite if norm_group is None else ~torch.isfinite(here.float())
         skip = nonfinite if skip is None else nonfinite | skip.to(nonfinite.device)
         if group["max_grad_norm"] is not None:
             coefficient = rule.clip_coefficient(sq_norm, group["max_grad_norm"])
             factor = coefficient if factor is None else coefficient * factor.to(coefficient.device)
     host_reads = skip is not None and _host_may_read(skip, work, plan, groups)
     skipped = host_reads and bool(skip)
-    return Verdict(factor, guarded, skip if skipped or not host_reads else None, skipped, sums if guarded else ())
+    return Verdict(factor, guarded, skip if skipped or not host_reads else None, skipped, sums if guarded else (), overflows)
 
 
 def _host_may_read(skip: Tensor, work: Work, plan: Plan, groups: Sequence[dict[str, Any]]) -> bool:
@@ -109,8 +120,8 @@ def _host_may_read(skip: Tensor, work: Work, plan: Plan, groups: Sequence[dict[s
     )
 
 
-def _over_all_processes(work: Work, plan: Plan, guarded: bool, found_inf: Tensor | None) -> tuple[Rows, Tensor | None]:
-    """Return the sums of squares of gradients, if `guarded`, and the scaler's flag, both the same on every process."""
+def _over_shards(work: Work, plan: Plan, guarded: bool, found_inf: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """Return the sums of squares of gradients, if `guarded`, and the scaler's flag, both over all shards."""
     own: list[tuple[Sequence[int], Tensor]] = []
     sharded: list[tuple[Sequence[int], Tensor]] = []
     for backend, bucket in work if guarded else []:
@@ -121,10 +132,3 @@ def _over_all_processes(work: Work, plan: Plan, guarded: bool, found_inf: Tensor
         return own, found_inf
     table, flag = plan.add_grad_sq_norms(sharded, torch.zeros(()) if found_inf is None else found_inf.reshape(()))
     return [*own, (plan.indices, table)], None if found_inf is None else flag
-
-
-def _total(sums: Sequence[Tensor]) -> Tensor:
-    total = sums[0].sum()
-    for rows in sums[1:]:
-        total = total + rows.sum().to(total.device)
-    return total

@@ -7,10 +7,10 @@ rule to `torchlamb.rule`. It must not know how any backend computes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,9 +36,13 @@ from torchlamb.options import (
 )
 from torchlamb.plain import plain
 from torchlamb.rule import Scalars
-from torchlamb.sharding.layout import check_guard_is_global, why_flat
+from torchlamb.sharding.norm_group import NormGroup
+from torchlamb.sharding.refused import check_partitioned, dims_of, only_makes_state, why_fragments, zero_redundancy_group
 from torchlamb.sharding.sums import NO_PLAN, Plan, Rows
 from torchlamb.state import Storage, check_state
+
+if TYPE_CHECKING:
+    from torchlamb.sharding.layout import ProcessGroup
 
 
 class Lamb(Optimizer):
@@ -169,13 +173,16 @@ class Lamb(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
+        self._begin()
+        self._began: dict[int, int] = {}  # the dims of all parameters when they were added, by the number of the object
+        super().__init__(params, check(defaults))
+
+    def _begin(self) -> None:
+        """Make what is not kept in pickles, copies and state dicts."""
         self._last = LastStep()
         self._plan = NO_PLAN
         self._gate = Gate()
-        self._began: list[tuple[int, int]] = []  # of each group: parameters, and dims of the first, when it was added
-        super().__init__(params, check(defaults))
-        if is_guarded(defaults):
-            check_guard_is_global()
+        self._norm_group: NormGroup | None = None
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -198,9 +205,10 @@ class Lamb(Optimizer):
                 loss = closure()
         self._check_step()
         work = self._resolve()
-        verdict = guard(
-            work, self._plan, self.param_groups, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        )
+        if only_makes_state():
+            return loss
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        verdict = guard(work, self._plan, self.param_groups, scale, found_inf, self._norm_group)
         work = [(backend, verdict.on(bucket)) for backend, bucket in work]
         sums = [bucket.new_sums() for _, bucket in work]
         over_processes: Rows = ()
@@ -253,6 +261,10 @@ class Lamb(Optimizer):
         return self._by_name(self._last.norms())
 
     def _by_name(self, rows: dict[int, Tensor]) -> dict[str | int, Tensor]:
+        if self._last.is_partial:
+            raise NotImplementedError(
+                "trust_ratios() and norms() tell of the last step, and DeepSpeed's last step was of one group or partition only"
+            )
         names = self._names()
         return {names[index]: row for index, row in rows.items()}
 
@@ -294,6 +306,53 @@ class Lamb(Optimizer):
         names = self._names()
         return [names[index] for index in self._last.nonfinite()]
 
+    @property
+    def norm_group(self) -> ProcessGroup | None:
+        """Processes that hold *different* parameters, over which the norm that steps are guarded by is one; None for none.
+
+        To be set where parameters differ between processes and nothing in them tells: stages of a pipeline, experts, partitions
+        by hand, parameters that `fully_shard` was told to ignore. Then `max_grad_norm`, `skip_nonfinite` and a scaler's
+        `found_inf` mean the gradients of all of them: one more all-reduce of two numbers in each step, in which every process
+        takes part, with gradients or without. A ZeroRedundancyOptimizer's own group is found by itself.
+
+        Of the processes that hold the same parameter, one may be in the group: of a pipeline with data parallelism, the mesh's
+        dim of stages. Where more are, each has to count its share of it. That is known of DTensors; of all others say it with
+        `set_norm_group`. It is not saved, pickled or copied.
+        """
+        return None if self._norm_group is None else self._norm_group.process_group
+
+    @norm_group.setter
+    def norm_group(self, process_group: ProcessGroup | None) -> None:
+        self.set_norm_group(process_group)
+
+    def set_norm_group(self, process_group: ProcessGroup | None, held_by: Mapping[Tensor, int] | None = None) -> None:
+        """Set `norm_group`, and say which parameters several of its processes hold.
+
+        Args:
+            process_group: as `norm_group`
+            held_by: by parameter, how many processes of the group hold it, with the same gradient once gradients are
+                synchronised: embeddings that two stages tie, or all that is no expert (default: none)
+
+        Raises:
+            TypeError: a key is no tensor, or a number is no int
+            ValueError: a number is not between 1 and the size of the group
+
+        Example:
+            >>> import torch, torchlamb
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = torchlamb.Lamb(model.parameters(), max_grad_norm=1.0)
+            >>> optimizer.set_norm_group(None)  # or pp_mesh.get_group(), held_by={embedding.weight: 2}
+        """
+        counts = {} if held_by is None else dict(held_by)
+        for param, count in counts.items():
+            if not isinstance(param, Tensor) or isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"held_by must give an int for each parameter, got {type(param).__name__}: {count!r}")
+            if process_group is None or not 1 <= count <= process_group.size():
+                size = "there is no group" if process_group is None else f"the group has {process_group.size()} processes"
+                raise ValueError(f"held_by must be between 1 and the size of the group, got {count}, and {size}")
+        numbers = {id(param): count for param, count in counts.items()}
+        self._norm_group = None if process_group is None else NormGroup(process_group, numbers)
+
     def _names(self) -> Sequence[Any]:
         """Return all parameters' names, or their positions where not each has a name of its own."""
         names = [name for group in self.param_groups for name in group.get("param_names", [])]
@@ -319,7 +378,7 @@ class Lamb(Optimizer):
             warn_of_misspelt(param_group, self.param_groups)
             param_group.update(options, params=params)
         super().add_param_group(param_group)
-        self._began.append(_count_and_dims(self.param_groups[-1]["params"]))
+        self._began.update(dims_of(self.param_groups[-1]["params"]))
 
     def state_dict(self) -> StateDict:
         """Return torch's state dict, with all that groups hold as plain values: schedulers may write numbers of NumPy."""
@@ -388,10 +447,8 @@ class Lamb(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         prepare({p.device for group in self.param_groups for p in group["params"]})
-        self._last = LastStep()
-        self._plan = NO_PLAN
-        self._gate = Gate()
-        self.__dict__.setdefault("_began", [_count_and_dims(group["params"]) for group in self.param_groups])
+        self._begin()
+        self._began = dims_of([p for group in self.param_groups for p in group["params"]])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -496,22 +553,26 @@ class Lamb(Optimizer):
             label = f"param_groups[{i}]['{{}}']"
             checked.append(self._checked_options({**group, "lr": 0.0} if unread else group, label, written=True))
         check_alike(self.param_groups, self.defaults)
-        if is_guarded(self.param_groups[0]):
-            check_guard_is_global()
+        guarded = is_guarded(self.param_groups[0])
+        if guarded:
             check_devices(self.param_groups)
+        self._last.is_partial = check_partitioned(self.param_groups, guarded)
         known = self._plan.fits(self.param_groups)
+        reason = None if known else why_fragments([p for group in self.param_groups for p in group["params"]], self._began)
         for i, group in enumerate(self.param_groups):
-            began = self._began[i] if i < len(self._began) else _count_and_dims(group["params"])  # added to the list by hand
-            reason = why_flat(group["params"], began)
-            if reason is not None:
-                raise NotImplementedError(f"group {i} {reason}")
             if not known:
                 check_params(group, i)
             self._gate.look(i, group, self.state, partial(self._check_group, i))
+        if reason is not None:
+            raise NotImplementedError(reason)
         for group, options in zip(self.param_groups, checked, strict=True):
             store_plain_(group, options)
         if not known:  # only now: what it was made for has been checked
             self._plan = Plan.of(self.param_groups)
+        if guarded and self._norm_group is None:
+            self.norm_group = zero_redundancy_group()
+        if self._norm_group is not None:
+            self._norm_group.share_out(self._plan)
         self._keep_record()
 
     def _check_group(self, i: int) -> None:
@@ -532,10 +593,6 @@ def _can_be_asked(param: Tensor) -> bool:
 
 def _param_of(entry: Any) -> Any:
     return entry[1] if isinstance(entry, tuple) else entry  # a (name, parameter) pair
-
-
-def _count_and_dims(params: Sequence[Tensor]) -> tuple[int, int]:
-    return len(params), 0 if not params else 1 if is_lazy(params[0]) else params[0].dim()  # a lazy one may get any shape
 
 
 def in_two_phases(bucket: Bucket) -> bool:

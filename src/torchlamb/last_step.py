@@ -45,6 +45,7 @@ class LastStep:
     # Of each bucket: indices, scalars, sums (rows, SUMS), skip and is_guarded.
     buckets: Sequence[tuple[list[int], Scalars, Tensor, Tensor | None, bool]] = ()
     record: Record | None = None  # where steps can be skipped
+    is_partial: bool = False  # it was one of several calls that together are a step
 
     def note_(self, buckets: Sequence[Bucket], sums: Sequence[Tensor], verdict: Verdict, over_processes: Rows) -> None:
         """Remember a step, and count it if it left parameters as they were.
@@ -118,7 +119,7 @@ def _count_(record: Record, verdict: Verdict, sums: Rows) -> None:
         left, because = by_update.any(), by_update
     else:
         left = skip.to(device)
-        because = _of_gradients(verdict.grad_sq_norms, device)
+        because = _of_gradients(verdict, device)
         if by_update is not None:
             because = torch.where(left, because, by_update)
             left = left | by_update.any()
@@ -129,11 +130,11 @@ def _count_(record: Record, verdict: Verdict, sums: Rows) -> None:
     record.skipped.add_(left)
 
 
-def _of_gradients(sums: Rows, device: torch.device) -> Tensor:
-    """Return of which rows the gradient is to blame where their total is not finite: it is not itself, or it is the largest."""
-    rows = torch.cat([rows.to(device).float() for _, rows in sums]) if sums else torch.zeros(0, device=device)
-    if len(rows) == 0:
-        return torch.zeros(0, dtype=torch.bool, device=device)
+def _of_gradients(verdict: Verdict, device: torch.device) -> Tensor:
+    """Return of which rows the gradient is to blame: it is not finite itself, or it is the largest of a total that is not."""
+    rows = torch.cat([rows.to(device).float() for _, rows in verdict.grad_sq_norms]) if verdict.grad_sq_norms else None
+    if rows is None or verdict.overflows is None or len(rows) == 0:
+        return torch.zeros(0 if rows is None else len(rows), dtype=torch.bool, device=device)
     nonfinite = ~torch.isfinite(rows)
-    large = rows.max().clamp(max=torch.finfo(torch.float32).max / len(rows))
-    return torch.where(nonfinite.any(), nonfinite, rows >= large)
+    large = rows >= rows.max().clamp(max=torch.finfo(torch.float32).max / len(rows))
+    return torch.where(nonfinite.any(), nonfinite, large & verdict.overflows.to(device))

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from torchlamb.plain import plain
-from torchlamb.sharding.layout import is_dtensor, is_plain, shards_other_dim_than_0, why_grad_refused, why_refused
+from torchlamb.sharding.layout import is_dtensor, is_plain, told_of
+from torchlamb.sharding.refused import why_grad_refused, why_options_refused, why_refused
 
 # One guard decides for the whole step, and autograd sees all of it or nothing.
 _ALIKE = ("max_grad_norm", "skip_nonfinite", "differentiable")
@@ -160,15 +161,15 @@ def check_params(group: Mapping[str, Any], group_index: int) -> None:
         reason = why_refused(param)
         if reason is not None:
             raise NotImplementedError(f"{_name(group, group_index, i)} {reason}")
-        if group["grad_centralization"] and param.dim() >= 3 and shards_other_dim_than_0(param):
+        refused = why_options_refused(param, blocks, group["grad_centralization"])
+        if refused is not None:
+            option, why = refused
             name = _name(group, group_index, i)
+            raise NotImplementedError(f"{option}={group[option]!r} of {name} {why}; or leave {option} at its default there")
+        if group["differentiable"] and (is_dtensor(param) or told_of(param) is not None):
             raise NotImplementedError(
-                f"grad_centralization needs means over all dims of {name} but the first, which is not all that its placements "
-                "shard; shard it on dim 0, or set grad_centralization=False for its group"
-            )
-        if group["differentiable"] and is_dtensor(param):
-            raise NotImplementedError(
-                f"{_name(group, group_index, i)} is a DTensor, which differentiable=True does not support"
+                f"{_name(group, group_index, i)} is sharded, and autograd would have to see the sums over processes: "
+                "differentiable=True does not support that"
             )
         if blocks != 1 and (param.dim() == 0 or param.shape[0] % blocks):
             name, shape = _name(group, group_index, i), tuple(param.shape)

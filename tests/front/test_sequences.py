@@ -531,7 +531,7 @@ class Sequences(RuleBasedStateMachine):
         assert given[0] == given[1], "the caller's dict was changed"
 
 
-Sequences.TestCase.settings = settings(max_examples=80, stateful_step_count=15)
+Sequences.TestCase.settings = settings(max_examples=50, stateful_step_count=15)
 TestSequences = Sequences.TestCase
 
 
@@ -548,7 +548,7 @@ def options_of(values: dict[str, list[Any]], most: int) -> st.SearchStrategy[dic
 DRAWN = st.tuples(options_of(GOOD, 3), st.just({}) | st.just({}) | options_of(BAD, 1))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     arguments=DRAWN,
     groups=st.lists(st.tuples(DRAWN, st.sampled_from(SHAPES), st.sampled_from(DTYPES)), min_size=1, max_size=3),

@@ -87,25 +87,25 @@ def test_what_is_not_finite_stays():
 
 @pytest.mark.parametrize("case", LONG_BACKEND_PARAMS)
 def test_small_steps_are_lost_to_nearest_and_kept_on_average(case, monkeypatch):
-    """1,000 steps of a tenth of what rounding to nearest can see."""
+    """Steps of a tenth of what rounding to nearest can see."""
     use(monkeypatch, case)
-    lr, n = 2.0**-8 / 20, 4000
+    lr, n, steps = 2.0**-8 / 20, 4000, 320
     ends = {}
     for name in ("nothing", "stochastic", "masters"):
         p = nn.Parameter(torch.full((n,), 1.5, dtype=BF16))
         options = {"lr": lr, "layer_adaptation": False, "eps": 0.0, "betas": (0.5, 0.5)}
         optimizer = torchlamb.Lamb([p], **options, **STORAGE[name], **case.options)
         p.grad = torch.ones_like(p)
-        for _ in range(1000):
+        for _ in range(steps):
             optimizer.step()
         ends[name] = p.detach().double()
-    wanted = 1.5 - 1000 * lr
+    wanted = 1.5 - steps * lr
     assert torch.all(ends["nothing"] == 1.5)
     # Each step adds a variance of at most (share cut off) x unit^2, with units of 2^-7 above 1.
-    deviation = (1000 * lr * 2.0**-7) ** 0.5
+    deviation = (steps * lr * 2.0**-7) ** 0.5
     assert abs(ends["stochastic"].mean().item() - wanted) < 5 * deviation / n**0.5
     assert 0.2 * deviation < ends["stochastic"].std().item() < 1.2 * deviation
-    assert torch.all((ends["masters"] - wanted).abs() <= 2.0**-9)
+    assert torch.all((ends["masters"] - wanted).abs() <= 2.0**-8)
 
 
 def brute_force(place: Place, tensor: Tensor) -> Tensor:

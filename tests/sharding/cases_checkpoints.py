@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -78,7 +77,6 @@ def runs_are_saved_in_folders_and_the_newest_good_one_is_loaded(world: int) -> N
         shard.write_bytes(shard.read_bytes()[:-1])
         alone = subprocess.run(
             [sys.executable, "-c", LOAD_ALONE, str(Path(__file__).parent), str(first), str(folder / "alone")],
-            env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
             timeout=TIMEOUT,
             capture_output=True,
             text=True,

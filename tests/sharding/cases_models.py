@@ -100,13 +100,13 @@ SCALED: dict[str, dict[str, Any]] = {
 }
 
 
-@case(2, each=SCALED)
+@case(2, each=SCALED, slow=lambda key: key not in ("default", "fused"))
 def an_overflow_of_one_process_under_fsdp2(world: int, options: dict[str, Any]) -> None:
     """The shard of one process has one inf: both leave every bit, halve the scale, and train as if that step had not been."""
     assert_overflows_of_either_process_change_nothing(lambda: fsdp(Net(), mesh_of(world)), options)
 
 
-@case(2, each=SCALED)
+@case(2, each=SCALED, slow=lambda key: key not in ("default", "fused"))
 def an_overflow_of_one_process_under_data_parallelism(_: int, options: dict[str, Any]) -> None:
     """The loss of one process overflows, and averaging carries it into the gradients of both."""
     assert_overflows_of_either_process_change_nothing(lambda: nn.parallel.DistributedDataParallel(Net()), options)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from sharded import Net, Twins, case, fsdp, layouts, like, mesh_of, raises, random_params, step_with_random_grads, train, whole
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import torchlamb
@@ -46,21 +45,6 @@ def zero_redundancy_optimizer(_: int) -> None:
         optimizer.step()
         wanted.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    params = list(model.parameters())
-    for guard in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
-        with raises(NotImplementedError, "clip_grad_norm_", params):
-            ZeroRedundancyOptimizer(params, torchlamb.Lamb, **guard)
-    for group in optimizer.param_groups:
-        group["skip_nonfinite"] = True
-    with raises(NotImplementedError, "clip_grad_norm_", params):
-        optimizer.step()
-
-
-@case(2, each={"flat": False, "original": True})
-def fsdp1_is_refused(_: int, use_orig_params: bool) -> None:
-    model = FullyShardedDataParallel(Net(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    with raises(NotImplementedError, "fully_shard", []):
-        torchlamb.Lamb(model.parameters())
 
 
 @case(2)

@@ -53,16 +53,19 @@ STORAGE: dict[str, dict[str, Any]] = {
 
 
 def case(
-    *worlds: int, each: dict[str, Any] | None = None, slow: Callable[[str], bool] = lambda _: False
+    *worlds: int,
+    each: dict[str, Any] | None = None,
+    slow: Callable[[str], bool] = lambda _: False,
+    into: dict[str, tuple[Case, tuple[int, ...]]] = CASES,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a case for these world sizes, once for each entry of `each`, whose value it is then given too."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__
         if each is None:
-            CASES[name] = (function, worlds)
+            into[name] = (function, worlds)
         for key, value in (each or {}).items():
-            CASES[f"{name}[{key}]"] = (lambda world, value=value: function(world, value), worlds)
+            into[f"{name}[{key}]"] = (lambda world, value=value: function(world, value), worlds)
             if slow(key):
                 SLOW.add(f"{name}[{key}]")
         return function

@@ -1,16 +1,17 @@
 """Where one parameter's parts lie: its local tensor, its parts along dim 0, and the processes that hold the others.
 
-A part is a stretch of the local tensor's dim 0 that has sums of its own: a block, or what of a block lies here. Buckets, guard,
-rounding and the sums over processes know layouts and nothing else of how a parameter is sharded. What cannot be stepped for how
-it is sharded is refused here.
+A part is a stretch of the local tensor's dim 0 that has sums of its own: a block, or what of a block lies here, or what lies
+here of one of the parameters that a flat tensor holds. Buckets, guard, rounding and the sums over processes know layouts and
+nothing else of how a parameter is sharded. DTensors say themselves how they lie; of all others it is known if somebody has
+told (`torchlamb.shard`).
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torchlamb.sharding.place import Place, Start
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
 
 Groups = tuple["ProcessGroup", ...]
 
@@ -34,6 +35,13 @@ class Layout:
     parts: tuple[tuple[int, int], ...] = ()  # of each: where it begins in dim 0, and how long it is; none where all is one
     groups: Groups = ()  # the sums of all parts are added over each, one after the other; none where nothing is sharded
     place: Place | None = None  # of the local tensor in the whole one, where that is asked for and not all of it
+    device_type: str = "cpu"  # on which the groups add
+    ranks: frozenset[int] = frozenset()  # of all processes that hold this parameter, or parts of it; none where it is only here
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the local tensor is one whole parameter."""
+        return not self.groups and not self.parts
 
     @property
     def rows(self) -> int:
@@ -68,23 +76,34 @@ def layout_of(param: Any, blocks: int, keyed: bool) -> Layout:
     """
     if is_lazy(param):
         return WHOLE  # until it has a shape
+    known = told_of(param)
+    if known is not None:
+        return known
     groups = groups_of(param)
     if not groups:
-        return WHOLE if blocks == 1 else Layout(_equal_parts(local(param.detach()), blocks))
+        parts = () if blocks == 1 else _equal_parts(local(param.detach()), blocks)
+        return Layout(parts, ranks=_ranks_of(param)) if parts or is_dtensor(param) else WHOLE
     mesh, placements = param.device_mesh, param.placements
     cut_through = any(getattr(p, "dim", None) == 0 and mesh.size(i) > 1 for i, p in enumerate(placements))
     parts = () if blocks == 1 else _parts(param, blocks) if cut_through else _equal_parts(local(param.detach()), blocks)
     place = Place(tuple(param.shape), tuple(_start(param, dim) for dim in range(param.dim()))) if keyed else None
-    return Layout(parts, groups, place)
+    return Layout(parts, groups, place, mesh.device_type, _ranks_of(param))
 
 
 def groups_of(param: Any) -> Groups:
     """Return the process groups over which shards of a parameter are added."""
-    if not is_dtensor(param):
-        return ()
+    known = told_of(param)
+    if known is not None:
+        return known.groups
+    if not is_dtensor(param) or param.device_mesh.get_coordinate() is None:
+        return ()  # of a mesh that this process is not in, it holds nothing
     mesh, placements = param.device_mesh, param.placements
     # Not "is a Shard": _StridedShard, which FSDP2 over tensor parallelism gives, is no subclass of it.
     return tuple(mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1)
+
+
+def _ranks_of(param: Any) -> frozenset[int]:
+    return frozenset(param.device_mesh.mesh.flatten().tolist()) if is_dtensor(param) else frozenset()
 
 
 def _equal_parts(tensor: Tensor, blocks: int) -> tuple[tuple[int, int], ...]:
@@ -119,6 +138,45 @@ def _start(param: Any, dim: int) -> Start:
     return first if torch.equal(mine, torch.arange(first, first + len(mine), device=mine.device)) else mine
 
 
+# What others have told, of tensors that do not know it themselves. Not an attribute of those, which wrappers would pickle, and
+# no weak reference to them, which torch.utils.swap_tensors forbids: by identity, for as long as what keeps them alive lives.
+
+
+class _Told:
+    def __init__(self) -> None:
+        self.by_owner: MutableMapping[Any, dict[int, Layout]] = weakref.WeakKeyDictionary()
+        self.version = 0  # counts what was told: plans that were made before are made again
+
+
+_TOLD = _Told()
+
+
+def tell(owner: object, layouts: Mapping[Tensor, Layout]) -> None:
+    """Say how tensors lie, in place of all that was said of tensors of this owner before.
+
+    Args:
+        owner: keeps the tensors alive; with it, what was said is forgotten
+        layouts: of each
+    """
+    _TOLD.by_owner[owner] = {id(tensor): layout for tensor, layout in layouts.items()}
+    _TOLD.version += 1
+
+
+def told_of(tensor: Tensor) -> Layout | None:
+    """Return what was said of how a tensor lies."""
+    return next((layouts[id(tensor)] for layouts in list(_TOLD.by_owner.values()) if id(tensor) in layouts), None)
+
+
+def told_version() -> int:
+    """Return a number that changes when something is said."""
+    return _TOLD.version
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Return whether a slice is what it was said to be: the same numbers, of which some may be NaN."""
+    return found.numel() == wanted.numel() and torch.allclose(found.flatten(), wanted.flatten(), 0.0, 0.0, equal_nan=True)
+
+
 # The local tensor.
 
 
@@ -143,77 +201,3 @@ def local(tensor: Tensor) -> Tensor:
     if type(shard) is Tensor:
         return shard
     return shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard  # type: ignore[no-any-return]  # an AsyncCollectiveTensor
-
-
-# What is refused.
-
-
-def why_refused(param: Tensor) -> str | None:
-    """Return what is said of a parameter that cannot be stepped because of how it is sharded, None of any other."""
-    if hasattr(param, "_fsdp_flattened"):
-        return (
-            "is a flat parameter of FullyShardedDataParallel, in which the layers that LAMB adapts are no longer "
-            "recognisable; shard the model with torch.distributed.fsdp.fully_shard instead"
-        )
-    if is_dtensor(param) and _has_partial(param.placements):  # type: ignore[attr-defined]
-        return f"has placements {param.placements}: a sum that is still to be added cannot be stepped; redistribute it first"  # type: ignore[attr-defined]
-    return None
-
-
-@functools.cache  # placements are few, parameters many
-def _has_partial(placements: tuple[Any, ...]) -> bool:
-    return any(placement.is_partial() for placement in placements)
-
-
-def why_grad_refused(param: Tensor, grad: Tensor) -> str | None:
-    """Return what is said of a gradient that does not fit how its parameter is sharded."""
-    param_is_dtensor, grad_is_dtensor = is_dtensor(param), is_dtensor(grad)
-    if not (param_is_dtensor or grad_is_dtensor):
-        return None
-    if not grad_is_dtensor:
-        return "is a DTensor and its gradient a plain tensor; make the gradient a DTensor too, with distribute_tensor"
-    if not param_is_dtensor:
-        return "is a plain tensor and its gradient a DTensor; take its full_tensor()"
-    have, want = grad._spec, param._spec  # type: ignore[attr-defined]
-    if have.mesh is want.mesh and have.placements == want.placements:
-        return None
-    if grad.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
-        return "lies on another device mesh than its gradient; redistribute the gradient"
-    odd = [p for p in grad.placements if p.is_partial() and p.reduce_op not in ("sum", "avg")]  # type: ignore[attr-defined]
-    return f"has a gradient with placement {odd[0]}; only sums and averages can be added" if odd else None
-
-
-def shards_other_dim_than_0(param: Tensor) -> bool:
-    """Return whether a mean over all dims but the first is not local."""
-    return is_dtensor(param) and any(getattr(p, "dim", 0) != 0 for p in param.placements)  # type: ignore[attr-defined]
-
-
-def why_flat(params: Sequence[Tensor], began: tuple[int, int]) -> str | None:
-    """Return what is said of a group whose parameters have been replaced by one flat partition of them.
-
-    Args:
-        params: of the group now
-        began: how many there were when the group was added, and how many dims the first of them had
-    """
-    if len(params) != 1 or began in ((0, 0), (1, 1)) or is_lazy(params[0]) or params[0].dim() != 1 or is_dtensor(params[0]):
-        return None
-    return (
-        f"held {began[0]} parameters, the first with {began[1]} dims, and now holds one flat tensor, in which the layers that "
-        "LAMB adapts are no longer recognisable; use torch.distributed.fsdp.fully_shard instead of flat partitions"
-    )
-
-
-def check_guard_is_global() -> None:
-    """Raise if a ZeroRedundancyOptimizer is calling, whose processes each see the gradients of some parameters only.
-
-    It leaves no mark on the optimizer that it wraps, but its frame is on the call stack.
-    """
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe() if module is not None else None
-    while frame is not None:
-        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
-            raise NotImplementedError(
-                "max_grad_norm and skip_nonfinite need the norm over all gradients, and inside a ZeroRedundancyOptimizer each "
-                "process sees those of its own parameters only: clip with torch.nn.utils.clip_grad_norm_ before the step"
-            )
-        frame = frame.f_back

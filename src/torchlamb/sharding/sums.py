@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from torchlamb.rule import SUMS
-from torchlamb.sharding.layout import Groups, Layout, groups_of, is_dtensor, is_plain, layout_of, local
+from torchlamb.sharding.layout import Groups, Layout, groups_of, is_dtensor, is_plain, layout_of, local, told_version
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,16 +49,18 @@ class Plan:
     left a collective out would make the others wait for ever.
     """
 
-    options: list[tuple[Any, ...]]  # of every group: those that decide what can be sharded
+    options: list[Any]  # what it was made for: of every group, those that decide what can be sharded; what was told by then
     identities: list[Identity] = field(default_factory=list)  # of every parameter, in the order of the groups
     layouts: list[Layout] = field(default_factory=list)
-    is_sharded: bool = False  # any of them is a DTensor
+    is_sharded: bool = False  # any of them is a DTensor, or has parts elsewhere
     indices: list[int] = field(default_factory=list)  # of each row that is added over processes: its parameter's position
     first_rows: dict[int, int] = field(default_factory=dict)  # by the parameter's position
     rows_of: dict[ProcessGroup, list[int]] = field(default_factory=dict)  # rows that are added over it
-    device_type: str = "cpu"  # of the meshes
+    device_type: str = "cpu"  # on which the process groups add
     device: torch.device | None = None  # of the shards: where sums are added, on every process alike
     dtype: torch.dtype = torch.float32
+    # Places of rows in the table, made once: lists would be copied to the device in each step, and a graph cannot do that.
+    selections: dict[tuple[int, ...], slice | Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, param_groups: Sequence[dict[str, Any]]) -> Plan:
@@ -99,7 +101,7 @@ class Plan:
             first = self.first_rows[index]
             table[first : first + len(sums)] = sums.to(table.device, self.dtype)
         for group, rows in self.rows_of.items():
-            place = _slice_or_list(rows)
+            place = self._selection(rows)
             table[place] = self._all_reduced(table[place], group)
         for place, (_, sums) in zip(places, tables, strict=True):
             sums.copy_(table[place])
@@ -118,14 +120,14 @@ class Plan:
         table, _ = self._table(tables, ())
         found_inf = found_inf.to(table.device, self.dtype).reshape(1)
         for group, rows in self.rows_of.items():
-            place = _slice_or_list(rows)
+            place = self._selection(rows)
             packed = self._all_reduced(torch.cat([table[place], found_inf]), group)
             table[place], found_inf = packed[:-1], packed[-1:]
         return table, found_inf.reshape(())
 
-    def _table(self, tables: Rows, columns: tuple[int, ...]) -> tuple[Tensor, list[slice | list[int]]]:
+    def _table(self, tables: Rows, columns: tuple[int, ...]) -> tuple[Tensor, list[slice | Tensor]]:
         """Return zeros (rows, *columns) with this process's sums at their places, and the places."""
-        device = self.device or torch.device(self.device_type)
+        device = self._device
         table = torch.zeros(len(self.indices), *columns, dtype=self.dtype, device=device)
         places = [self._places(indices) for indices, _ in tables]
         for place, (_, sums) in zip(places, tables, strict=True):
@@ -136,24 +138,40 @@ class Plan:
         index = len(self.layouts)
         self.layouts.append(layout)
         self.identities.append(identity)
-        self.is_sharded |= is_dtensor(param)
+        self.is_sharded |= is_dtensor(param) or bool(layout.groups)
         if not layout.groups:
             return
         first = self.first_rows[index] = len(self.indices)
         self.indices += [index] * layout.rows
         for group in layout.groups:
             self.rows_of.setdefault(group, []).extend(range(first, len(self.indices)))
-        self.device_type = param.device_mesh.device_type  # type: ignore[attr-defined]
+        self.device_type = layout.device_type
         self.device = self.device or local(param.detach()).device
         self.dtype = torch.promote_types(self.dtype, torch.promote_types(param.dtype, torch.float32).to_real())
 
-    def _places(self, indices: Sequence[int]) -> slice | list[int]:
+    @property
+    def _device(self) -> torch.device:
+        return self.device or torch.device(self.device_type)
+
+    def _places(self, indices: Sequence[int]) -> slice | Tensor:
         """Return where in the table the rows of a bucket stand; rows of one parameter follow each other."""
         places: list[int] = []
         for row, index in enumerate(indices):
             again = row > 0 and indices[row - 1] == index
             places.append(places[-1] + 1 if again else self.first_rows[index])
-        return _slice_or_list(places)
+        return self._selection(places)
+
+    def _selection(self, places: list[int]) -> slice | Tensor:
+        """Return what selects these rows of the table."""
+        if torch.compiler.is_compiling():
+            return _slice_or_tensor(places, self._device)
+        key = tuple(places)
+        found = self.selections.get(key)
+        if found is None:
+            found = _slice_or_tensor(places, self._device)
+            if len(self.selections) < 64:  # gradients may come and go; none is let go, for graphs may read it
+                self.selections[key] = found
+        return found
 
     def _all_reduced(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
         # CPU-offloaded shards have CPU tensors on an accelerator's mesh, whose process groups reduce on the accelerator.
@@ -165,15 +183,15 @@ class Plan:
 NO_PLAN = Plan(options=[])  # which fits no parameters
 
 
-def _sharding_options(param_groups: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+def _sharding_options(param_groups: Sequence[dict[str, Any]]) -> list[Any]:
     names = ("blocks", "grad_centralization", "differentiable", "master_weights", "stochastic_rounding", "state_dtype")
-    return [tuple(group[name] for name in names) for group in param_groups]
+    return [told_version(), *(tuple(group[name] for name in names) for group in param_groups)]
 
 
-def _slice_or_list(places: list[int]) -> slice | list[int]:
+def _slice_or_tensor(places: list[int], device: torch.device) -> slice | Tensor:
     first = places[0] if places else 0
     contiguous = places == list(range(first, first + len(places)))
-    return slice(first, first + len(places)) if contiguous else places
+    return slice(first, first + len(places)) if contiguous else torch.tensor(places, device=device)
 
 
 def total_over_shards(sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
