@@ -164,5 +164,6 @@ def test_accelerate_saves_and_loads(tmp_path):
     assert_same(second, wanted)
 
 
-def test_accelerate_shards_the_model():
-    run_processes(Path(__file__).with_name("two_processes.py"), 2, "accelerate_fsdp2")
+@pytest.mark.parametrize("how", ["fsdp1", "fsdp2", "deepspeed"])
+def test_accelerate_shards_the_model(how):
+    run_processes(Path(__file__).with_name("two_processes.py"), 2, f"accelerate_{how}")

@@ -84,9 +84,71 @@ def accelerate_fsdp2() -> None:
     assert_same(whole, wanted, 1e-5)
 
 
+def accelerate_fsdp1() -> None:
+    """Accelerate wraps the model; Lamb is told, and made then."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1, auto_wrap_policy="size_based_wrap", min_num_params=10, use_orig_params=True
+    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    accelerator.state.device = torch.device("cpu")  # without a number, which FSDP1 compares
+    model = make_model()
+    wanted = train(model, make_batches())
+    model = accelerator.prepare(model)
+    assert isinstance(model, FullyShardedDataParallel)
+    torchlamb.shard.fsdp1(model)
+    optimizer = accelerator.prepare(torchlamb.Lamb(model.parameters(), **LAMB))
+    for x, y in halves(make_batches()):
+        optimizer.zero_grad()
+        accelerator.backward(cross_entropy(model(x), y))
+        optimizer.step()
+    whole = make_model()
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for p, gathered in zip(whole.parameters(), model.parameters(), strict=True):
+            p.data = gathered.detach().clone()
+    assert_same(whole, wanted, 1e-5)
+
+
+def accelerate_deepspeed() -> None:
+    """Accelerate makes the engine."""
+    os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 32,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 2},
+    }
+    dist.init_process_group("gloo")
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
+    model = make_model()
+    wanted = train(model, make_batches())
+    model, optimizer = accelerator.prepare(model, torchlamb.Lamb(model.parameters(), **LAMB))
+    torchlamb.shard.deepspeed(model)
+    for x, y in halves(make_batches()):
+        accelerator.backward(cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model.module, wanted, 1e-5)
+
+
+CASES = {
+    "ddp": ddp,
+    "zero": zero,
+    "accelerate_fsdp1": accelerate_fsdp1,
+    "accelerate_fsdp2": accelerate_fsdp2,
+    "accelerate_deepspeed": accelerate_deepspeed,
+}
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    {"ddp": ddp, "zero": zero, "accelerate_fsdp2": accelerate_fsdp2}[sys.argv[1]]()
+    CASES[sys.argv[1]]()
     dist.barrier()
     time.sleep(0.2)  # gloo aborts where one process leaves while another is still talking
     dist.destroy_process_group()

@@ -516,7 +516,7 @@ def test_flat_partitions_are_refused(held):
     flat.grad = torch.ones_like(flat)
     optimizer.param_groups[0]["params"] = [flat]
     for _ in range(2):
-        with pytest.raises(NotImplementedError, match=f"group 0 held {held} parameters.*one flat tensor.*fully_shard"):
+        with pytest.raises(NotImplementedError, match=r"vectors that are not those that Lamb was given.*fully_shard"):
             optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())  # which does not make it forget
     assert torch.equal(flat, torch.ones_like(flat))

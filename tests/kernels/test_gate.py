@@ -49,9 +49,10 @@ class Wrapper(torch.Tensor):
         return tree_map_only(torch.Tensor, lambda t: wrapped.get(id(t)) if id(t) in wrapped else cls(t), out)
 
 
-with warnings.catch_warnings():  # what torch imports at the first operation, once and not in every copy of the process
+with warnings.catch_warnings():  # what torch imports at first, once and not in every copy of the process
     warnings.simplefilter("ignore")
     torch._foreach_add_([Wrapper(torch.ones(1))], 1)
+    torchlamb.Lamb([nn.Parameter(torch.ones(1))])
 
 SUBCLASSES = {
     "TwoTensor": (lambda t: TwoTensor(t, t.clone()), lambda p: p.data.a),

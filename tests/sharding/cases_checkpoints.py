@@ -51,7 +51,7 @@ torch.save(state, sys.argv[3])
 """
 
 
-@case(2)
+@case(2, slow=lambda _: True)
 def runs_are_saved_in_folders_and_the_newest_good_one_is_loaded(world: int) -> None:
     """By the same processes, and by one alone; damage to any file of a folder is seen."""
     folder, mesh = shared_folder(), mesh_of(world)

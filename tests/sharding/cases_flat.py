@@ -16,6 +16,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
 import torchlamb
+from torchlamb.sharding.layout import layout_of
 
 # FSDP1 flattens no 0-dim parameters.
 SHAPES = [[(12, 5), (12,), (7, 3)], [(1, 6), (3, 4, 2)], [(9, 4), (13,), (1,)]]
@@ -249,6 +250,27 @@ def what_flat_parts_cannot_do_is_refused_by_name(_: int, original: bool) -> None
             torchlamb.Lamb(model.parameters(), **{option: value})
     with raises(NotImplementedError, "differentiable", []):
         torchlamb.Lamb(model.parameters(), differentiable=True)
+
+
+@case(2, each={"original": True, "flat": False})
+def places_of_flat_parts_are_those_of_the_whole(_: int, original: bool) -> None:
+    """What stochastic rounding draws its bits by: indices in the whole parameter, or in the whole flat one."""
+    model = wrapped(Units(random_numbers()), "FULL_SHARD", original)
+    torchlamb.shard.fsdp1(model)
+    found = []
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle = module._handle
+        if handle is None:
+            continue
+        with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=False):
+            whole = nn.functional.pad(handle.flat_param.detach().flatten(), (0, 2))  # shards of even length have padding
+            wholes = [getattr(owner, name).detach().flatten().clone() for name, owner, _ in handle.flat_param._param_infos]
+        for param, values in zip(handle.flat_param._params, wholes, strict=True) if original else [(handle.flat_param, whole)]:
+            place = layout_of(param, 1, keyed=True).place
+            indices = place.runs(param).indices(0, param.numel(), param.device)
+            found.append((values[indices], param.detach().flatten()))
+    for got, wanted in found:
+        assert torch.equal(got, wanted)
 
 
 @case(2)

@@ -64,6 +64,8 @@ def case(
         name = function.__name__
         if each is None:
             into[name] = (function, worlds)
+            if slow(name):
+                SLOW.add(name)
         for key, value in (each or {}).items():
             into[f"{name}[{key}]"] = (lambda world, value=value: function(world, value), worlds)
             if slow(key):

@@ -87,7 +87,7 @@ def why_fragments(params: Sequence[Tensor], began: Mapping[int, int]) -> str | N
         params: of all groups now
         began: the dims of all parameters that the optimizer was given, as from `dims_of`
     """
-    if not _are_several() or max(began.values(), default=0) < 2:
+    if max(began.values(), default=0) < 2:
         return None
     if any(is_dtensor(p) or is_lazy(p) or p.dim() > 1 for p in params):
         return None
