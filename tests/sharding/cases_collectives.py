@@ -39,6 +39,28 @@ def one_collective_for_each_process_group(world: int) -> None:
                     optimizer.step()
 
 
+@case(2)
+def places_in_the_table_are_made_once(world: int) -> None:
+    """As tensors where they do not follow each other: a list would be copied to the device in each step."""
+    mesh = mesh_of(world)
+    params = random_params([((6, 4), mesh, [Shard(0)]), ((4, 4), mesh, [Shard(0)]), ((8, 2), mesh, [Shard(0)])])
+    groups = [{"params": [params[0], params[2]], "lr": 0.1}, {"params": [params[1]], "lr": 0.2}]
+    optimizer = torchlamb.Lamb(groups, max_grad_norm=1.0)
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = None if i == 2 and step == 1 else like(torch.ones(p.shape), p)
+        optimizer.param_groups[0]["params"][1].grad = None if step == 1 else like(torch.ones(params[2].shape), params[2])
+        optimizer.step()
+        made = dict(optimizer._plan.selections)
+        if step == 0:
+            first = made
+    params[1].grad = like(torch.ones(params[1].shape), params[1])
+    optimizer.step()
+    assert made.keys() >= first.keys()
+    assert all(made[key] is first[key] for key in first)
+    assert all(isinstance(value, slice | torch.Tensor) for value in made.values())
+
+
 @case(2, 3, 4, each={"sum": "sum", "avg": "avg"})
 def partial_gradients_are_added_in_one_collective(world: int, reduce_op: str) -> None:
     mesh, rank = mesh_of(world), dist.get_rank()

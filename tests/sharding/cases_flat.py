@@ -250,6 +250,17 @@ def what_flat_parts_cannot_do_is_refused_by_name(_: int, original: bool) -> None
             torchlamb.Lamb(model.parameters(), **{option: value})
     with raises(NotImplementedError, "differentiable", []):
         torchlamb.Lamb(model.parameters(), differentiable=True)
+    if original:  # where nothing is sharded, parameters keep their shapes
+        whole, twin = wrapped(Units(random_numbers()), "NO_SHARD", True), Units(random_numbers())
+        torchlamb.shard.fsdp1(whole)
+        blocks = [[p for p in m.parameters() if p.shape[0] == 12] for m in (whole, twin)]
+        optimizer, wanted = (torchlamb.Lamb(params, lr=0.05, blocks=3) for params in blocks)
+        for params in blocks:
+            for i, p in enumerate(params):
+                p.grad = random_numbers(i)(tuple(p.shape))
+        optimizer.step()
+        wanted.step()
+        assert all(torch.equal(p, q) for p, q in zip(*blocks, strict=True))
 
 
 @case(2, each={"original": True, "flat": False})

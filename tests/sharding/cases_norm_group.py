@@ -209,6 +209,18 @@ def zero_redundancy_optimizer_is_guarded(_: int, options: dict[str, Any]) -> Non
 
 
 @case(2)
+def a_compiled_step_has_one_norm(world: int) -> None:
+    stage = Stage(own(), all_params(world), max_grad_norm=0.5, capturable=True)
+    stage.optimizer.norm_group = dist.group.WORLD
+    torch._dynamo.reset()
+    step = torch.compile(stage.optimizer.step, backend="eager")
+    stage.optimizer.step = step
+    for i in range(3):
+        stage.step({j: numbers(tuple(p.shape), i, j) for j, p in enumerate(stage.twins)})
+    stage.assert_same()
+
+
+@case(2)
 def a_norm_group_is_no_option(world: int) -> None:
     p = nn.Parameter(torch.ones(3, 2))
     optimizer = torchlamb.Lamb([p], max_grad_norm=1.0)

@@ -62,11 +62,11 @@ def config(stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> di
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices, vectors, and one that holds one vector only: what a flat partition looks like."""
-    params = list(model.parameters())
-    *vectors, last = [p for p in params if p.dim() == 1]
+    params = list(model.named_parameters())
+    *vectors, last = [(name, p) for name, p in params if p.dim() == 1]
     return [
         {"params": [last], "weight_decay": 0.0},
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [(name, p) for name, p in params if p.dim() > 1], "weight_decay": 0.1},
         {"params": vectors, "weight_decay": 0.02, "lr": 0.03},
     ]
 

@@ -77,12 +77,13 @@ def layout_of(param: Any, blocks: int, keyed: bool) -> Layout:
     if is_lazy(param):
         return WHOLE  # until it has a shape
     known = told_of(param)
-    if known is not None:
+    if known is not None and not known.is_whole:
         return known
     groups = groups_of(param)
     if not groups:
         parts = () if blocks == 1 else _equal_parts(local(param.detach()), blocks)
-        return Layout(parts, ranks=_ranks_of(param)) if parts or is_dtensor(param) else WHOLE
+        ranks = _ranks_of(param) if known is None else known.ranks
+        return Layout(parts, ranks=ranks) if parts or ranks else WHOLE
     mesh, placements = param.device_mesh, param.placements
     cut_through = any(getattr(p, "dim", None) == 0 and mesh.size(i) > 1 for i, p in enumerate(placements))
     parts = () if blocks == 1 else _parts(param, blocks) if cut_through else _equal_parts(local(param.detach()), blocks)

@@ -6,7 +6,7 @@ Nothing of an optimizer's parameters tells which those are, so somebody says it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class NormGroup:
         """Keep what is known, parameters by the number of the object."""
         self.process_group = process_group
         self.held_by = dict(held_by)
+        self._device_types = [device.type for device in getattr(process_group, "_device_types", ())]  # that it adds on
         self._plan: Plan | None = None  # that the shares were made for
         self._shares: list[float] = []  # of each parameter, by position
         self._weights: dict[tuple[int, ...], Tensor | None] = {}  # of rows, by the positions of their parameters
@@ -55,7 +56,9 @@ class NormGroup:
 
     def add(self, sq_norm: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the squared norm (0-dim) and the scaler's flag over all processes: one all-reduce."""
-        device = _device_for(self.process_group, sq_norm.device)
+        device = sq_norm.device
+        if self._device_types and device.type not in self._device_types:  # CPU-offloaded parameters, or none with a gradient
+            device = torch.device(self._device_types[0])
         # One dtype on every process, whatever their parameters have.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         flag = torch.zeros((), device=sq_norm.device) if found_inf is None else found_inf.reshape(())
@@ -72,9 +75,3 @@ def sum_of(sums: Rows, group: NormGroup | None) -> Tensor:
     for rows in counted:
         total = total + rows.sum().to(total.device)
     return total
-
-
-def _device_for(group: Any, device: torch.device) -> torch.device:
-    """Return the device itself where the group's backend adds tensors there, else one where it does."""
-    types = [d.type for d in getattr(group, "_device_types", [device])]
-    return device if device.type in types or not types else torch.device(types[0])

@@ -166,6 +166,10 @@ def only_makes_state() -> bool:
     return "deepspeed" in sys.modules and any(name == "initialize_optimizer_states" for name, _ in _callers(*names))
 
 
+# A step that is traced does not look for callers; see `Lamb._check_step`.
+only_makes_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _callers(*modules: str) -> Iterator[tuple[str, Any]]:
     """Yield, from the nearest, the names of functions on the call stack that are of these modules, and their `self`."""
     frame = sys._getframe().f_back
