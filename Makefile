@@ -30,10 +30,11 @@ test: .venv/test.stamp
 
 test-all: test test-slow
 
-# What `test` leaves out, and the GPU's kernels with the newest Triton.
+# What `test` leaves out, one fresh seed for all of what `test` draws at random, and the GPU's kernels with the newest Triton.
 test-slow: .venv/all.stamp $(if $(LINUX),.venv/triton.stamp)
 	$(PYTEST) -m slow
 	$(if $(LINUX),$(INTERPRETED) -m slow)
+	$(BIN)/python tests/soak.py --rounds 1
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(BIN)/python -m pytest tests/gpu/test_gpu.py -m "not slow")
 	$(if $(LINUX),PYTHONPATH=.venv/newest-triton $(INTERPRETED) -m "not slow")
 

@@ -106,7 +106,7 @@ FAULTS = [
     Fault("backends/gpu_kernels.py", "chunk = chunks - 1 - chunk", "chunk = chunks - chunk", GPU),
     # The guard
     Fault("guard.py", "1.0 / grad_scale.reshape(())", "grad_scale.reshape(())", (*GUARD, *SCALER)),
-    Fault("guard.py", "squared = factor.to(sq_norm.device) ** 2", "squared = factor.to(sq_norm.device)", (*GUARD, *SCALER)),
+    Fault("guard.py", "here = here * factor.to(here.device) ** 2", "here = here * factor.to(here.device)", (*GUARD, *SCALER)),
     Fault("guard.py", "torch.isfinite(sq_norm.float())", "torch.isfinite(sq_norm)", GUARD),
     Fault("guard.py", "is_guarded=self.guarded, host", "host", GUARD),
     Fault("guard.py", "grad_factor=factor, skip=skip, is_guarded", "grad_factor=factor, is_guarded", GUARD),

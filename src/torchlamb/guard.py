@@ -82,22 +82,23 @@ def guard(
         norm_group: processes that hold other parameters, whose gradients count, too
     """
     group = groups[0]
+    if found_inf is not None and not isinstance(found_inf, Tensor):
+        found_inf = torch.tensor(float(found_inf))  # where no parameter has a gradient, scalers leave the number 0
     factor: Tensor | None = None if grad_scale is None else 1.0 / grad_scale.reshape(())
     several = plan.is_sharded or norm_group is not None  # processes, which all take part, whatever gradients they have
     guarded = is_guarded(group) and (bool(work) or several)
     sums: Rows = ()
     if guarded or (several and found_inf is not None):
         sums, found_inf = _over_shards(work, plan, guarded, found_inf)
-    sq_norm = sum_of(sums, norm_group) if sums else torch.zeros((), device=None if found_inf is None else found_inf.device)
-    here = sq_norm
+    here = sum_of(sums, norm_group) if sums else torch.zeros((), device=None if found_inf is None else found_inf.device)
+    if guarded and factor is not None:
+        here = here * factor.to(here.device) ** 2  # before processes are added, whose scales may differ
+    sq_norm = here
     if norm_group is not None and (guarded or found_inf is not None):
-        sq_norm, found_inf = norm_group.add(sq_norm, found_inf)
+        sq_norm, found_inf = norm_group.add(here, found_inf)
     skip: Tensor | None = None if found_inf is None else found_inf.reshape(()) != 0
     overflows: Tensor | None = None
     if guarded:
-        if factor is not None:
-            squared = factor.to(sq_norm.device) ** 2
-            sq_norm, here = sq_norm * squared, here * squared
         nonfinite = ~torch.isfinite(sq_norm.float())
         overflows = nonfinite if norm_group is None else ~torch.isfinite(here.float())
         skip = nonfinite if skip is None else nonfinite | skip.to(nonfinite.device)

@@ -36,8 +36,16 @@ from torchlamb.options import (
 )
 from torchlamb.plain import plain
 from torchlamb.rule import Scalars
+from torchlamb.sharding.layout import told_of
 from torchlamb.sharding.norm_group import NormGroup
-from torchlamb.sharding.refused import check_partitioned, dims_of, only_makes_state, why_fragments, zero_redundancy_group
+from torchlamb.sharding.refused import (
+    check_partitioned,
+    dims_of,
+    only_makes_state,
+    why_fragments,
+    why_untold,
+    zero_redundancy_group,
+)
 from torchlamb.sharding.sums import NO_PLAN, Plan, Rows
 from torchlamb.state import Storage, check_state
 
@@ -175,6 +183,7 @@ class Lamb(Optimizer):
         }
         self._begin()
         self._began: dict[int, int] = {}  # the dims of all parameters when they were added, by the number of the object
+        self._was_told = False  # this is a copy, and how the parameters lay was told of those it was made of
         super().__init__(params, check(defaults))
 
     def _begin(self) -> None:
@@ -334,8 +343,9 @@ class Lamb(Optimizer):
                 synchronised: embeddings that two stages tie, or all that is no expert (default: none)
 
         Raises:
-            TypeError: a key is no tensor, or a number is no int
-            ValueError: a number is not between 1 and the size of the group
+            TypeError: it is no process group that this process is in; a key is no tensor, or a number is no int
+            ValueError: a number is not between 1 and the size of the group. That a parameter is not this optimizer's is said by
+                the next step
 
         Example:
             >>> import torch, torchlamb
@@ -344,14 +354,15 @@ class Lamb(Optimizer):
             >>> optimizer.set_norm_group(None)  # or pp_mesh.get_group(), held_by={embedding.weight: 2}
         """
         counts = {} if held_by is None else dict(held_by)
+        numbers = {id(param): count for param, count in counts.items()}
+        group = None if process_group is None else NormGroup(process_group, numbers)
         for param, count in counts.items():
             if not isinstance(param, Tensor) or isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"held_by must give an int for each parameter, got {type(param).__name__}: {count!r}")
             if process_group is None or not 1 <= count <= process_group.size():
                 size = "there is no group" if process_group is None else f"the group has {process_group.size()} processes"
                 raise ValueError(f"held_by must be between 1 and the size of the group, got {count}, and {size}")
-        numbers = {id(param): count for param, count in counts.items()}
-        self._norm_group = None if process_group is None else NormGroup(process_group, numbers)
+        self._norm_group = group
 
     def _names(self) -> Sequence[Any]:
         """Return all parameters' names, or their positions where not each has a name of its own."""
@@ -444,8 +455,12 @@ class Lamb(Optimizer):
         options = {**self.defaults, **{k: v for k, v in group.items() if k not in ("params", "param_names")}}
         return check(options, label, written)
 
+    def __getstate__(self) -> dict[str, Any]:
+        told = any(told_of(p) is not None for group in self.param_groups for p in group["params"])
+        return {**super().__getstate__(), "_was_told": told or self._was_told}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_was_told": False, **state})
         prepare({p.device for group in self.param_groups for p in group["params"]})
         self._begin()
         self._began = dims_of([p for group in self.param_groups for p in group["params"]])
@@ -498,7 +513,9 @@ class Lamb(Optimizer):
         """
         storage, record = Storage(group), self._last.record
         params, states = [], []
-        for position, p in enumerate(group["params"], self._first_position(group)):
+        first = self._first_position(group)
+        for p, layout in zip(group["params"], self._plan.layouts[first : first + len(group["params"])], strict=True):
+            position, first = first if layout.number is None else layout.number, first + 1
             if p.grad is None:
                 continue
             state = self.state[p]
@@ -558,7 +575,8 @@ class Lamb(Optimizer):
             check_devices(self.param_groups)
         self._last.is_partial = check_partitioned(self.param_groups, guarded)
         known = self._plan.fits(self.param_groups)
-        reason = None if known else why_fragments([p for group in self.param_groups for p in group["params"]], self._began)
+        params = [p for group in self.param_groups for p in group["params"]]
+        reason = None if known else why_fragments(params, self._began) or why_untold(params, self._was_told)
         for i, group in enumerate(self.param_groups):
             if not known:
                 check_params(group, i)
@@ -572,6 +590,8 @@ class Lamb(Optimizer):
         if guarded and self._norm_group is None:
             self.norm_group = zero_redundancy_group()
         if self._norm_group is not None:
+            if self.defaults["differentiable"]:
+                raise NotImplementedError("autograd would have to see sums over a norm group: differentiable=True has none")
             self._norm_group.share_out(self._plan)
         self._keep_record()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from torchlamb.sharding.deepspeed import tell_of_deepspeed
 from torchlamb.sharding.fsdp1 import tell_of_fsdp1
@@ -78,19 +79,19 @@ def deepspeed(engine: Any) -> None:
     tell_of_deepspeed(engine)
 
 
-def tensor_parallel(model: nn.Module, process_group: ProcessGroup, params: Iterable[Tensor] | None = None) -> None:
+def tensor_parallel(model: nn.Module | Optimizer, process_group: ProcessGroup, params: Iterable[Tensor] | None = None) -> None:
     """Tell which plain tensors of a model are parts of larger ones, whose other parts are on the other processes of a group.
 
     Megatron marks those with `tensor_model_parallel`; all other parameters are the same on these processes. DTensors, as
     torch's own tensor parallelism makes them, need none of this.
 
     Args:
-        model: whose parameters they are
+        model: whose parameters they are; or the Lamb, where a mixed-precision wrapper has put float32 copies of them into it
         process_group: the tensor parallel one
         params: the parts (default: the parameters with a true attribute `tensor_model_parallel`)
 
     Raises:
-        ValueError: a tensor is no parameter of the model
+        ValueError: a tensor is no parameter of the model, or of the optimizer
 
     Example:
         >>> # torchlamb.shard.tensor_parallel(model, parallel_state.get_tensor_model_parallel_group())

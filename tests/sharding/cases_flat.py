@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
 import torchlamb
-from torchlamb.sharding.layout import layout_of
+from torchlamb.sharding.layout import layout_of, told_of
 
 # FSDP1 flattens no 0-dim parameters.
 SHAPES = [[(12, 5), (12,), (7, 3)], [(1, 6), (3, 4, 2)], [(9, 4), (13,), (1,)]]
@@ -330,6 +331,52 @@ def plain_tensor_parallelism(world: int, options: dict[str, Any]) -> None:
         part = q if dim is None else q.chunk(world, dim)[dist.get_rank()]
         error = (p.double() - part.double()).norm() / part.double().norm()
         assert error <= (1e-6 if dtype is torch.float32 else 1e-4), error
+
+
+@case(2)
+def what_was_told_is_of_what_is_held(world: int) -> None:
+    """A number of a parameter that is gone may be another's; a list that was made for the call may be gone; a call adds."""
+    for _ in range(10):
+        model = nn.ParameterList([nn.Parameter(torch.ones(4, 4))])
+        torchlamb.shard.tensor_parallel(model, dist.group.WORLD, list(model))
+        model[0] = nn.Parameter(torch.ones(4, 4))
+        if dist.get_rank() == 1:  # the others' numbers are those of other tensors
+            _ = [torch.ones(4, 4) for _ in range(3)]
+        params = [nn.Parameter(torch.ones(4, 4)) for _ in range(8)]
+        assert all(told_of(p) is None for p in [*model, *params])
+    first, second = (nn.ParameterList([megatron_part(torch.ones(4, 2), 0, world)]) for _ in range(2))
+    torchlamb.shard.tensor_parallel(nn.ModuleList([first, second]), dist.group.WORLD, [first[0]])
+    torchlamb.shard.tensor_parallel(nn.ModuleList([first, second]), dist.group.WORLD, [second[0]])
+    assert all(told_of(p) is not None for p in (*first, *second))
+
+
+@case(2)
+def copies_in_the_optimizer_are_told_by_it(world: int) -> None:
+    """Mixed precision wrappers put float32 copies, marked as the parameters are, into the optimizer."""
+    model = nn.ParameterList([megatron_part(torch.randn(4, 2).bfloat16(), 0, world)])
+    torchlamb.shard.tensor_parallel(model, dist.group.WORLD)
+    optimizer = torchlamb.Lamb(model.parameters(), lr=0.1)
+    copy_of = nn.Parameter(model[0].detach().float())
+    copy_of.tensor_model_parallel, copy_of.grad = True, torch.ones_like(copy_of)
+    optimizer.param_groups[0]["params"] = [copy_of]
+    with raises(NotImplementedError, "optimizer for the model", [copy_of]):
+        optimizer.step()
+    torchlamb.shard.tensor_parallel(optimizer, dist.group.WORLD)
+    optimizer.step()
+    assert told_of(copy_of).groups
+
+
+@case(2)
+def copies_of_what_was_told_are_refused(_: int) -> None:
+    model = wrapped(Units(random_numbers()), "FULL_SHARD", False)
+    torchlamb.shard.fsdp1(model)
+    optimizer = torchlamb.Lamb(model.parameters(), lr=0.1)
+    again = copy.deepcopy(optimizer)
+    params = [p for group in again.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with raises(NotImplementedError, "copy|fsdp1", params):
+        again.step()
 
 
 @case(2)

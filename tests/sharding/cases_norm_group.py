@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from sharded import Net, case, collectives, from_full, mesh_of, raises, whole
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import Shard
 
 import torchlamb
+from torchlamb.sharding.norm_group import NormGroup
 
 SHAPES = [(6, 4), (4,), (3, 5), (2, 2), (7,)]
 GUARDS: dict[str, dict[str, Any]] = {
@@ -186,6 +187,54 @@ def found_inf_of_one_stage_skips_all(world: int) -> None:
     assert all(torch.equal(p, old) for p, old in zip(stage.params.values(), before, strict=True))
 
 
+@case(4)
+def replicas_of_flat_parameters_count_once(world: int) -> None:
+    """HYBRID_SHARD beside an expert that each process has its own of."""
+    model = nn.Linear(4, 4, bias=False)
+    nn.init.ones_(model.weight)
+    sharded = FullyShardedDataParallel(
+        model, sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh_of(2, 2), device_id=torch.device("cpu")
+    )
+    torchlamb.shard.fsdp1(sharded)
+    expert = nn.Parameter(torch.ones(3))
+    optimizer = torchlamb.Lamb([*sharded.parameters(), expert], max_grad_norm=1.0)
+    optimizer.norm_group = dist.group.WORLD
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    seen = []
+    add = NormGroup.add
+
+    def watched(self: NormGroup, sq_norm: torch.Tensor, found_inf: torch.Tensor | None) -> Any:
+        seen.append(add(self, sq_norm, found_inf)[0].item())
+        return torch.tensor(seen[-1]), found_inf
+
+    NormGroup.add = watched
+    try:
+        optimizer.step()
+    finally:
+        NormGroup.add = add
+    assert seen == [16.0 + 3.0 * world], seen
+
+
+@case(2)
+def scales_of_the_loss_may_differ(_: int) -> None:
+    """Each stage's scaler backs off by what itself has found: norms are added once they are unscaled."""
+    scale = [4.0, 2.0][dist.get_rank()]
+    twins = [nn.Parameter(numbers((3, 2), rank)) for rank in range(2)]
+    mine = nn.Parameter(twins[dist.get_rank()].detach().clone())
+    optimizer, wanted = (torchlamb.Lamb(ps, lr=0.1, max_grad_norm=0.5, fused=True) for ps in ([mine], twins))
+    optimizer.norm_group = dist.group.WORLD
+    for step in range(3):
+        for rank, twin in enumerate(twins):
+            twin.grad = 10.0 ** (step * rank) * numbers((3, 2), step, rank)
+        mine.grad = scale * twins[dist.get_rank()].grad
+        optimizer.grad_scale = torch.tensor(scale)
+        optimizer.found_inf = torch.tensor(0.0) if dist.get_rank() else 0  # as scalers leave it where nothing has a gradient
+        optimizer.step()
+        wanted.step()
+    assert (mine - twins[dist.get_rank()]).norm() <= 1e-6 * mine.norm()
+
+
 @case(2, 3, each=GUARDS)
 def zero_redundancy_optimizer_is_guarded(_: int, options: dict[str, Any]) -> None:
     """Its own group is found; nothing has to be set, and nothing of it gets into its groups."""
@@ -240,5 +289,11 @@ def a_norm_group_is_no_option(world: int) -> None:
         with raises(kind, words, [p]):
             optimizer.set_norm_group(dist.group.WORLD, held_by=bad)
     assert optimizer.norm_group is dist.group.WORLD
+    for bad in (mesh_of(world), "world"):
+        with raises(TypeError, "ProcessGroup", [p]):
+            optimizer.norm_group = bad
+    optimizer.set_norm_group(dist.group.WORLD, held_by={nn.Parameter(torch.ones(2)): 2})
+    with raises(ValueError, "held_by names a parameter", [p]):
+        optimizer.step()
     optimizer.norm_group = None
     assert optimizer.norm_group is None

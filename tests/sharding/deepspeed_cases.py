@@ -292,6 +292,16 @@ def what_is_told_of_the_last_step_is_refused(world: int) -> None:  # noqa: ARG00
             engine.step()
 
 
+@case(2, each={str(stage): stage for stage in (2, 3)})
+def partitions_draw_random_bits_of_their_own(world: int, stage: int) -> None:  # noqa: ARG001
+    model = Units(random_numbers())
+    optimizer = torchlamb.Lamb(groups_of(model), state_dtype=BF16)
+    engine = start(model, optimizer, config(stage))
+    steps_of(engine, range(1))
+    seeds = [state["seed"].item() for state in optimizer.state.values()]
+    assert len(set(seeds)) == len(seeds) == 3
+
+
 @case(2, each={str(stage): stage for stage in (1, 2, 3)})
 def one_sum_for_each_group(world: int, stage: int) -> None:  # noqa: ARG001
     model = Units(random_numbers())

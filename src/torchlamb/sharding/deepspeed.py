@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,21 +28,23 @@ def tell_of_deepspeed(engine: Any) -> None:
     if wrapper is None or not hasattr(engine, "basic_optimizer"):
         raise TypeError(f"engine must be what deepspeed.initialize returns first, got {type(engine).__name__}")
     version = getattr(importlib.import_module("deepspeed"), "__version__", "of an unknown version")
-    partitions = _KINDS.get(f"{type(wrapper).__module__}.{type(wrapper).__name__}")
-    if wrapper is engine.basic_optimizer or partitions is _whole:
+    kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
+    if wrapper is engine.basic_optimizer or kind == _UNFUSED:
         return  # parameters are whole
+    partitions, flats = _KINDS.get(kind, (None, ""))
     if partitions is None:
         name = type(wrapper).__name__
         raise NotImplementedError(f"{name} cuts parameters in a way that is not known; use ZeRO stage 1, 2 or 3 as they are")
-    if any(group["max_grad_norm"] is not None or group["skip_nonfinite"] for group in engine.basic_optimizer.param_groups):
+    groups = engine.basic_optimizer.param_groups
+    if any(group.get("max_grad_norm") is not None or group.get("skip_nonfinite") for group in groups):
         raise NotImplementedError(NO_GUARD)
-    if getattr(engine, "mp_world_size", 1) > 1:
+    if _tensor_parallel_size(engine) > 1:
         raise NotImplementedError("with tensor parallelism beneath ZeRO, norms would have to be added over two process groups")
     layouts: dict[Tensor, Layout] = {}
     wrong: list[str] = []
     try:
-        for flat, group, params, parts, weights in partitions(wrapper):
-            layouts[flat] = _layout(flat, group, parts)
+        for number, (flat, group, params, parts, weights) in enumerate(partitions(wrapper)):
+            layouts[flat] = _layout(number, flat, group, parts)
             for param, (start, length), weight in zip(params, parts, weights, strict=True):
                 here = flat.detach().flatten()[start : start + length]
                 if not same(here.to(weight.device, weight.dtype), weight):
@@ -57,10 +60,17 @@ def tell_of_deepspeed(engine: Any) -> None:
             f"partitions do not hold the weights where DeepSpeed {version} says: {', '.join(wrong)}; call "
             f"torchlamb.shard.deepspeed(engine) between steps; it was tested with {TESTED}"
         )
-    tell(wrapper, layouts)
+    tell(wrapper, operator.attrgetter(flats), layouts)
 
 
-def _layout(flat: Tensor, group: Any, parts: Sequence[tuple[int, int]]) -> Layout:
+def _tensor_parallel_size(engine: Any) -> int:
+    """Return over how many processes parameters are cut before ZeRO cuts them; stages of a pipeline do not count."""
+    if engine.mpu is None:
+        return int(getattr(engine, "mp_world_size", 1))
+    return int(importlib.import_module("deepspeed.utils.bwc").bwc_tensor_model_parallel_world_size(engine.mpu))
+
+
+def _layout(number: int, flat: Tensor, group: Any, parts: Sequence[tuple[int, int]]) -> Layout:
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
     return Layout(
@@ -69,6 +79,7 @@ def _layout(flat: Tensor, group: Any, parts: Sequence[tuple[int, int]]) -> Layou
         place=Place((size * flat.numel(),), (rank * flat.numel(),)),
         device_type=torch.device(accelerator.device_name()).type,
         ranks=frozenset() if group is None else frozenset(torch.distributed.get_process_group_ranks(group)),
+        number=number,
     )
 
 
@@ -140,16 +151,11 @@ def _flat_groups(wrapper: Any) -> Iterator[Partition]:
         yield flat, None, params, [(s, p.numel()) for s, p in zip(starts, params, strict=True)], [p.detach() for p in params]
 
 
-def _whole(_: Any) -> Iterator[Partition]:
-    """Yield nothing: each parameter is stepped by itself."""
-    return iter(())
-
-
-# By the class that wraps the optimizer; of a subclass it is not known what it does.
-_KINDS: dict[str, Callable[[Any], Iterator[Partition]]] = {
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": _stages_1_and_2,
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": _stage_3,
-    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": _bf16,
-    "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": _flat_groups,
-    "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _whole,
+# By the class that wraps the optimizer, and where it has the flat tensors; of a subclass it is not known what it does.
+_KINDS: dict[str, tuple[Callable[[Any], Iterator[Partition]], str]] = {
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (_stages_1_and_2, "single_partition_of_fp32_groups"),
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (_stage_3, "fp32_partitioned_groups_flat"),
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": (_bf16, "fp32_groups_flat_partition"),
+    "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": (_flat_groups, "fp32_groups_flat"),
 }
+_UNFUSED = "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"  # steps each parameter by itself

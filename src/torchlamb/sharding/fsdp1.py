@@ -23,7 +23,7 @@ def tell_of_fsdp1(model: nn.Module) -> None:
     wrapped = FullyShardedDataParallel.fsdp_modules(model)
     if not wrapped:
         raise ValueError(f"model must be wrapped in FullyShardedDataParallel, got {type(model).__name__} with no such module")
-    layouts: dict[Tensor, Layout] = {}
+    told: list[tuple[Any, dict[Tensor, Layout]]] = []
     wrong: list[str] = []
     names = {module: name.replace("_fsdp_wrapped_module.", "") for name, module in model.named_modules()}
     for module in wrapped:  # the outermost first, which makes itself the root if it has no parameters of its own, too
@@ -33,29 +33,38 @@ def tell_of_fsdp1(model: nn.Module) -> None:
                 misplaced = [] if handle is None else list(_misplaced(handle, names))
             if handle is None:
                 continue
-            found = dict(_layouts(handle))
+            told.append((module, dict(_layouts(handle, _replicas(module)))))
         except AttributeError as error:
             raise NotImplementedError(
                 f"torch {torch.__version__} keeps FSDP1's flat parameters in another way ({error}); it was tested with {TESTED}"
             ) from error
-        layouts.update(found)
-        wrong += _on_any(misplaced, handle)
+        wrong += _on_any(misplaced, handle, module)
     if wrong:
         raise RuntimeError(
             f"flat parameters do not hold the weights where FSDP1 says, on this or another process: {', '.join(wrong)}; it was "
             f"tested with {TESTED}"
         )
-    tell(model, layouts)
+    for module, layouts in told:
+        tell(module, nn.Module.parameters, layouts)
 
 
-def _layouts(handle: Any) -> Iterator[tuple[Tensor, Layout]]:
+def _replicas(module: Any) -> Any:
+    """Return the process group of those that hold the same shards, with HYBRID_SHARD; None where there is none."""
+    return getattr(module, "_inter_node_pg", None)
+
+
+def _layouts(handle: Any, replicas: Any) -> Iterator[tuple[Tensor, Layout]]:
     """Yield the tensors that optimizers are given of one flat parameter, and how they lie."""
     flat, group = handle.flat_param, handle.process_group
     is_cut = handle.uses_sharded_strategy and group.size() > 1
+    ranks = [torch.distributed.get_process_group_ranks(group)]
+    if replicas is not None:
+        own, ranks = ranks[0], [[]] * replicas.size()
+        torch.distributed.all_gather_object(ranks, own, group=replicas)
     common: dict[str, Any] = {
         "groups": (group,) if is_cut else (),
         "device_type": torch.device(handle.device).type,
-        "ranks": frozenset(torch.distributed.get_process_group_ranks(group)),
+        "ranks": frozenset(itertools.chain(*ranks)),
     }
     infos = flat._shard_param_infos
     if flat._params is not None:  # use_orig_params=True
@@ -90,6 +99,11 @@ def _misplaced(handle: Any, names: Mapping[Any, str]) -> Iterator[str]:
     flat = handle.flat_param
     shard = flat._local_shard.detach().flatten()
     for (name, owner, _), info, shape in zip(flat._param_infos, flat._shard_param_infos, flat._shapes, strict=True):
+        if getattr(getattr(owner, name), "tensor_model_parallel", False) is True:
+            raise NotImplementedError(
+                f"{names.get(owner, '')}.{name} is a part of a larger tensor before FSDP1 cuts it (tensor_model_parallel); its "
+                "norm would have to be added over two process groups"
+            )
         if not info.in_shard:
             continue
         weight = getattr(owner, name).detach()
@@ -99,8 +113,9 @@ def _misplaced(handle: Any, names: Mapping[Any, str]) -> Iterator[str]:
             yield f"{names.get(owner, '')}.{name}".lstrip(".")
 
 
-def _on_any(wrong: list[str], handle: Any) -> list[str]:
+def _on_any(wrong: list[str], handle: Any, module: Any) -> list[str]:
     """Return what is wrong here, or that something is elsewhere: all processes raise, or none."""
     found = torch.tensor(float(bool(wrong)), device=handle.device)
-    torch.distributed.all_reduce(found, group=handle.process_group)
+    for group in filter(None, (handle.process_group, _replicas(module))):
+        torch.distributed.all_reduce(found, group=group)
     return wrong or (["of another process"] if found.item() else [])

@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Layout:
     groups: Groups = ()  # the sums of all parts are added over each, one after the other; none where nothing is sharded
     place: Place | None = None  # of the local tensor in the whole one, where that is asked for and not all of it
     device_type: str = "cpu"  # on which the groups add
-    ranks: frozenset[int] = frozenset()  # of all processes that hold this parameter, or parts of it; none where it is only here
+    ranks: frozenset[int] = frozenset()  # of all processes that are known to hold this parameter, or parts of it
+    number: int | None = None  # in the place of a position in the optimizer, where that is handed one partition at a time
 
     @property
     def is_whole(self) -> bool:
@@ -139,33 +140,44 @@ def _start(param: Any, dim: int) -> Start:
     return first if torch.equal(mine, torch.arange(first, first + len(mine), device=mine.device)) else mine
 
 
-# What others have told, of tensors that do not know it themselves. Not an attribute of those, which wrappers would pickle, and
-# no weak reference to them, which torch.utils.swap_tensors forbids: by identity, for as long as what keeps them alive lives.
+# What others have told, of tensors that do not know it themselves. Not an attribute of those, which wrappers would pickle, no
+# weak reference to them, which torch.utils.swap_tensors forbids, and no strong one, which would keep models alive: by identity,
+# for as long as what holds them lives and holds them.
+
+
+class _Owned(NamedTuple):
+    tensors: Callable[[Any], Iterable[Tensor]]  # which the owner holds now: a number of one that is gone may be another's
+    layouts: dict[int, Layout]
 
 
 class _Told:
     def __init__(self) -> None:
-        self.by_owner: MutableMapping[Any, dict[int, Layout]] = weakref.WeakKeyDictionary()
+        self.by_owner: MutableMapping[Any, _Owned] = weakref.WeakKeyDictionary()
         self.version = 0  # counts what was told: plans that were made before are made again
 
 
 _TOLD = _Told()
 
 
-def tell(owner: object, layouts: Mapping[Tensor, Layout]) -> None:
-    """Say how tensors lie, in place of all that was said of tensors of this owner before.
+def tell(owner: object, tensors: Callable[[Any], Iterable[Tensor]], layouts: Mapping[Tensor, Layout]) -> None:
+    """Say how tensors lie.
 
     Args:
-        owner: keeps the tensors alive; with it, what was said is forgotten
+        owner: holds the tensors; with it, what was said is forgotten
+        tensors: returns those that an owner holds
         layouts: of each
     """
-    _TOLD.by_owner[owner] = {id(tensor): layout for tensor, layout in layouts.items()}
+    known = _TOLD.by_owner[owner].layouts if owner in _TOLD.by_owner else {}
+    _TOLD.by_owner[owner] = _Owned(tensors, {**known, **{id(tensor): layout for tensor, layout in layouts.items()}})
     _TOLD.version += 1
 
 
 def told_of(tensor: Tensor) -> Layout | None:
     """Return what was said of how a tensor lies."""
-    return next((layouts[id(tensor)] for layouts in list(_TOLD.by_owner.values()) if id(tensor) in layouts), None)
+    for owner, (tensors, layouts) in list(_TOLD.by_owner.items()):
+        if id(tensor) in layouts and any(held is tensor for held in tensors(owner)):
+            return layouts[id(tensor)]
+    return None
 
 
 def told_version() -> int:

@@ -25,7 +25,16 @@ class NormGroup:
     """
 
     def __init__(self, process_group: ProcessGroup, held_by: Mapping[int, int]) -> None:
-        """Keep what is known, parameters by the number of the object."""
+        """Keep what is known, parameters by the number of the object.
+
+        Raises:
+            TypeError: it is no process group that this process is in
+        """
+        if not isinstance(process_group, torch.distributed.ProcessGroup):
+            kind = type(process_group).__name__
+            raise TypeError(
+                f"norm_group must be None or a ProcessGroup with this process, got {kind}; take a mesh's get_group()"
+            )
         self.process_group = process_group
         self.held_by = dict(held_by)
         self._device_types = [device.type for device in getattr(process_group, "_device_types", ())]  # that it adds on
@@ -37,6 +46,8 @@ class NormGroup:
         """Find the share of each parameter that this process counts."""
         if plan is self._plan:
             return
+        if not self.held_by.keys() <= {identity.number for identity in plan.identities}:
+            raise ValueError("held_by names a parameter that is not, or no longer, in param_groups; set the norm group anew")
         ranks = frozenset(torch.distributed.get_process_group_ranks(self.process_group))
         self._shares = [
             1.0 / self.held_by.get(identity.number, len(layout.ranks & ranks) or 1)

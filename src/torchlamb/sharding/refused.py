@@ -42,8 +42,8 @@ def why_refused(param: Tensor) -> str | None:
     if getattr(param, "tensor_model_parallel", False) is True and _are_several() and told_of(param) is None:
         return (
             "is marked as tensor_model_parallel, so other processes hold other parts of it; call torchlamb.shard."
-            "tensor_parallel(model, process_group) with the tensor parallel group, or shard with "
-            "torch.distributed.tensor.parallel"
+            "tensor_parallel(model, process_group) with the tensor parallel group, which may be of one process (or with the "
+            "optimizer for the model, where it holds copies), or shard with torch.distributed.tensor.parallel"
         )
     return None
 
@@ -97,6 +97,16 @@ def why_fragments(params: Sequence[Tensor], began: Mapping[int, int]) -> str | N
         "all parameters are vectors that are not those that Lamb was given beside matrices: fragments, in which the layers "
         "that LAMB adapts are no longer recognisable; use torch.distributed.fsdp.fully_shard, or with Megatron "
         "use_distributed_optimizer=False"
+    )
+
+
+def why_untold(params: Sequence[Tensor], was_told: bool) -> str | None:
+    """Return what is said of copies of parameters of which was told how they lie, when nobody has told of these."""
+    if not was_told or any(told_of(p) is not None for p in params):
+        return None
+    return (
+        "this optimizer is a copy, and how its parameters lie was told of those that they were copied from only; tell it of "
+        "these, too (torchlamb.shard)"
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from torchlamb.sharding.layout import Layout, tell
 from torchlamb.sharding.place import Place
@@ -15,18 +16,35 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def tell_of_tensor_parallel(model: nn.Module, group: ProcessGroup, params: Iterable[Tensor] | None) -> None:
+def tell_of_tensor_parallel(holder: nn.Module | Optimizer, group: ProcessGroup, params: Iterable[Tensor] | None) -> None:
     """Tell which parameters are parts, as `torchlamb.shard.tensor_parallel` says."""
-    known = {id(p) for p in model.parameters()}
+    # What holds them directly: a list that was made for this call alone is gone after it.
+    if isinstance(holder, Optimizer):
+        owners: list[tuple[Any, Callable[[Any], Iterable[Tensor]]]] = [(holder, _stepped)]
+    else:
+        owners = [(module, _registered) for module in holder.modules()]
+    held = {id(p): p for owner, tensors in owners for p in tensors(owner)}
     if params is None:
-        params = [p for p in model.parameters() if getattr(p, "tensor_model_parallel", False) is True]
+        params = [p for p in held.values() if getattr(p, "tensor_model_parallel", False) is True]
     params = list(params)
     for i, p in enumerate(params):
-        if id(p) not in known:
+        if id(p) not in held:
             raise ValueError(f"params must be parameters of the model, and number {i}, of shape {tuple(p.shape)}, is not")
     ranks = frozenset(torch.distributed.get_process_group_ranks(group))
     groups = (group,) if group.size() > 1 else ()
-    tell(model, {p: Layout((), groups, _place(p, group), p.device.type, ranks) for p in params})
+    layouts = {id(p): Layout((), groups, _place(p, group), p.device.type, ranks) for p in params}
+    for owner, tensors in owners:
+        found = {p: layouts[id(p)] for p in tensors(owner) if id(p) in layouts}
+        if found:
+            tell(owner, tensors, found)
+
+
+def _registered(module: nn.Module) -> Iterable[Tensor]:
+    return module.parameters(recurse=False)
+
+
+def _stepped(optimizer: Optimizer) -> Iterable[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _place(param: Tensor, group: ProcessGroup) -> Place | None:
