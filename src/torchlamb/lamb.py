@@ -181,17 +181,17 @@ class Lamb(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        self._begin()
+        self._forget()
+        self._norm_group: NormGroup | None = None
         self._began: dict[int, int] = {}  # the dims of all parameters when they were added, by the number of the object
         self._was_told = False  # this is a copy, and how the parameters lay was told of those it was made of
         super().__init__(params, check(defaults))
 
-    def _begin(self) -> None:
-        """Make what is not kept in pickles, copies and state dicts."""
+    def _forget(self) -> None:
+        """Forget what was derived from parameters and states."""
         self._last = LastStep()
         self._plan = NO_PLAN
         self._gate = Gate()
-        self._norm_group: NormGroup | None = None
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -460,10 +460,12 @@ class Lamb(Optimizer):
         return {**super().__getstate__(), "_was_told": told or self._was_told}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_was_told": False, **state})
+        super().__setstate__(state)
         prepare({p.device for group in self.param_groups for p in group["params"]})
-        self._begin()
-        self._began = dims_of([p for group in self.param_groups for p in group["params"]])
+        self._forget()
+        began = dims_of([p for group in self.param_groups for p in group["params"]])
+        for name, value in {"_norm_group": None, "_began": began, "_was_told": False}.items():
+            self.__dict__.setdefault(name, value)  # state dicts are loaded with this, too, and change none of them
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -419,7 +419,7 @@ def vectors_that_are_no_fragments_are_stepped(_: int) -> None:
     assert [torch.equal(p, old) for p, old in zip(now, before, strict=True)] == [False, False, True]
 
 
-@case(2, 3)
+@case(3, 4)
 def a_mesh_without_this_process(world: int) -> None:
     mesh = DeviceMesh("cpu", list(range(world - 1)))
     is_in = dist.get_rank() < world - 1

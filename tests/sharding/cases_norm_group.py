@@ -278,6 +278,8 @@ def a_norm_group_is_no_option(world: int) -> None:
     p.grad = torch.ones(3, 2)
     optimizer.step()
     assert "norm_group" not in str(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.norm_group is dist.group.WORLD
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.norm_group is None
     for bad, kind, words in [
