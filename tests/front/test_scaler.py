@@ -132,7 +132,7 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def _dtypes_and_options() -> Iterator[Any]:
     for dtype, (guard, further), (name, options) in itertools.product([BF16, FP16], GUARDS.items(), BACKENDS.items()):
         # fp16 takes longest, and what is beyond the plain backends combines what those have; guards have shorter tests below.
-        slow = bool(guard) or name not in ("default", "fused", "foreach") or (dtype is FP16 and name != "default")
+        slow = bool(guard) or name not in ("default", "fused") or (dtype is FP16 and name != "default")
         marks = [pytest.mark.slow] if slow else []
         yield pytest.param(dtype, {**options, **further}, id=f"{str(dtype).removeprefix('torch.')}-{name}{guard}", marks=marks)
 

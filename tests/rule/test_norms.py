@@ -33,7 +33,7 @@ def norms_of(param: torch.Tensor, grad: torch.Tensor, case) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("values", ["weights", "few large ones"])
+@pytest.mark.parametrize("values", ["weights", pytest.param("few large ones", marks=pytest.mark.slow)])
 def test_31_million_elements(values, case, monkeypatch):
     use(monkeypatch, case)
     torch.manual_seed(0)

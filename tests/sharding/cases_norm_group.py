@@ -23,6 +23,7 @@ GUARDS: dict[str, dict[str, Any]] = {
     "clipped-capturable": {"max_grad_norm": 0.5, "capturable": True},
     "skip": {"skip_nonfinite": True},
 }
+QUICK = ("clipped", "skip")
 
 
 def numbers(shape: tuple[int, ...], *seed: int) -> Tensor:
@@ -64,7 +65,7 @@ def own() -> list[int]:
     return stage_of(dist.get_rank())
 
 
-@case(2, 3, 4, each=GUARDS)
+@case(2, 3, 4, each=GUARDS, slow=lambda key: key not in QUICK)
 def stages_of_a_pipeline(world: int, options: dict[str, Any]) -> None:
     stage = Stage(own(), all_params(world), **options)
     stage.optimizer.norm_group = dist.group.WORLD
@@ -235,7 +236,7 @@ def scales_of_the_loss_may_differ(_: int) -> None:
     assert (mine - twins[dist.get_rank()]).norm() <= 1e-6 * mine.norm()
 
 
-@case(2, 3, each=GUARDS)
+@case(2, 3, each=GUARDS, slow=lambda key: key not in QUICK)
 def zero_redundancy_optimizer_is_guarded(_: int, options: dict[str, Any]) -> None:
     """Its own group is found; nothing has to be set, and nothing of it gets into its groups."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -257,7 +258,7 @@ def zero_redundancy_optimizer_is_guarded(_: int, options: dict[str, Any]) -> Non
     assert not any("norm_group" in group for group in optimizer.param_groups)
 
 
-@case(2)
+@case(2, slow=lambda _: True)
 def a_compiled_step_has_one_norm(world: int) -> None:
     stage = Stage(own(), all_params(world), max_grad_norm=0.5, capturable=True)
     stage.optimizer.norm_group = dist.group.WORLD

@@ -199,7 +199,10 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     assert (tmp_path / "new.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("argument", ["use_nvlamb", "use_nvlamb=open('x')", "use_nvlamb=[1]"])
+@pytest.mark.parametrize(
+    "argument",
+    ["use_nvlamb", *(pytest.param(bad, marks=pytest.mark.slow) for bad in ("use_nvlamb=open('x')", "use_nvlamb=[1]"))],
+)
 def test_arguments_of_the_command(argument, tmp_path):
     torch.save(saved("apex")["state_dict"], tmp_path / "old.pt")
     done = run_command(tmp_path / "old.pt", tmp_path / "new.pt", "--from", "apex", "--argument", argument)
