@@ -148,7 +148,11 @@ def test_names_the_extra_that_is_missing(missing, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_an_interrupt_leaves_nothing_behind(tmp_path):
-    process = start("--workers", 2, cwd=tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells leave it ignored in what they run beside them
+    try:
+        process = start("--workers", 2, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         seen = ""
         while "Lamb" not in seen:  # the bar says what is running
