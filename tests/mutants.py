@@ -137,7 +137,7 @@ FAULTS = [
     Fault("sharding/layout.py", "        return known\n    groups", "        pass\n    groups", SHARDING),
     Fault("sharding/fsdp1.py", "itertools.accumulate(sizes, initial=0)", "itertools.accumulate(sizes)", SHARDING),
     Fault("sharding/fsdp1.py", "first = group.rank() * size if is_cut else 0", "first = group.rank()", ("tests/sharding", "-k", "places_of")),
-    Fault("sharding/fsdp1.py", "return wrong or (", "return wrong and (", SHARDING),
+    Fault("sharding/layout.py", "return wrong or (", "return wrong and (", SHARDING),
     Fault("sharding/tensor_parallel.py", "starts[dim] = group.rank() * param.shape[dim]", "starts[dim] = 0", SHARDING),
     Fault("sharding/norm_group.py", "len(layout.ranks & ranks) or 1", "1", SHARDING),
     Fault("sharding/norm_group.py", "self.held_by.get(identity.number,", "{}.get(0,", SHARDING),

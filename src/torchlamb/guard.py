@@ -90,12 +90,11 @@ def guard(
     sums: Rows = ()
     if guarded or (several and found_inf is not None):
         sums, found_inf = _over_shards(work, plan, guarded, found_inf)
-    here = sum_of(sums, norm_group) if sums else torch.zeros((), device=None if found_inf is None else found_inf.device)
-    if guarded and factor is not None:
-        here = here * factor.to(here.device) ** 2  # before processes are added, whose scales may differ
-    sq_norm = here
-    if norm_group is not None and (guarded or found_inf is not None):
-        sq_norm, found_inf = norm_group.add(here, found_inf)
+    if guarded or found_inf is not None:
+        here = sum_of(sums, norm_group) if sums else torch.zeros((), device=None if found_inf is None else found_inf.device)
+        if guarded and factor is not None:
+            here = here * factor.to(here.device) ** 2  # before processes are added, whose scales may differ
+        sq_norm, found_inf = (here, found_inf) if norm_group is None else norm_group.add(here, found_inf)
     skip: Tensor | None = None if found_inf is None else found_inf.reshape(()) != 0
     overflows: Tensor | None = None
     if guarded:

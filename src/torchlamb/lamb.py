@@ -325,8 +325,8 @@ class Lamb(Optimizer):
         takes part, with gradients or without. A ZeroRedundancyOptimizer's own group is found by itself.
 
         Of the processes that hold the same parameter, one may be in the group: of a pipeline with data parallelism, the mesh's
-        dim of stages. Where more are, each has to count its share of it. That is known of DTensors; of all others say it with
-        `set_norm_group`. It is not saved, pickled or copied.
+        dim of stages. Where more are, each has to count its share of it. That is known of DTensors and of what
+        `torchlamb.shard` was told; of all others say it with `set_norm_group`. It is not saved, pickled or copied.
         """
         return None if self._norm_group is None else self._norm_group.process_group
 

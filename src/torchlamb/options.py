@@ -166,7 +166,8 @@ def check_params(group: Mapping[str, Any], group_index: int) -> None:
             option, why = refused
             name = _name(group, group_index, i)
             raise NotImplementedError(f"{option}={group[option]!r} of {name} {why}; or leave {option} at its default there")
-        if group["differentiable"] and (is_dtensor(param) or told_of(param) is not None):
+        told = told_of(param)
+        if group["differentiable"] and (is_dtensor(param) or (told is not None and not told.is_whole)):
             raise NotImplementedError(
                 f"{_name(group, group_index, i)} is sharded, and autograd would have to see the sums over processes: "
                 "differentiable=True does not support that"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamb.sharding.layout import Layout, same, tell
+from torchlamb.sharding.layout import Layout, on_any, same, tell
 from torchlamb.sharding.place import Place
 from torchlamb.sharding.refused import NO_GUARD
 
@@ -54,7 +55,8 @@ def tell_of_deepspeed(engine: Any) -> None:
         raise NotImplementedError(
             f"DeepSpeed {version} keeps its partitions in another way ({error}); it was tested with {TESTED}"
         ) from error
-    wrong = _on_any(wrong, list(layouts.values()))
+    for layout in layouts.values():
+        wrong = on_any(wrong, layout.groups, layout.device_type)
     if wrong:
         raise RuntimeError(
             f"partitions do not hold the weights where DeepSpeed {version} says: {', '.join(wrong)}; call "
@@ -83,17 +85,6 @@ def _layout(number: int, flat: Tensor, group: Any, parts: Sequence[tuple[int, in
     )
 
 
-def _on_any(wrong: list[str], layouts: list[Layout]) -> list[str]:
-    """Return what is wrong here, or that something is elsewhere: all processes raise, or none."""
-    elsewhere = False
-    for layout in layouts:
-        for group in layout.groups:
-            found = torch.tensor(float(bool(wrong)), device=layout.device_type)
-            torch.distributed.all_reduce(found, group=group)
-            elsewhere |= bool(found.item())
-    return wrong or (["some of another process"] if elsewhere else [])
-
-
 def _within(start: int, length: int, first: int, size: int) -> tuple[int, int]:
     """Return where a parameter that begins at `start` lies in a partition that has `size` elements from `first` on."""
     begin, end = max(start, first), min(start + length, first + size)
@@ -114,8 +105,12 @@ def _stages_1_and_2(zero: Any) -> Iterator[Partition]:
 
 def _bf16(zero: Any) -> Iterator[Partition]:
     for flat, group, params in zip(zero.fp32_groups_flat_partition, zero.real_dp_process_group, zero.bf16_groups, strict=True):
-        starts = [sum(p.numel() for p in params[:i]) for i in range(len(params))]
-        yield _of_whole_weights(flat, group, params, starts)
+        yield _of_whole_weights(flat, group, params, _one_after_the_other(params))
+
+
+def _one_after_the_other(params: Sequence[Tensor]) -> list[int]:
+    """Return where each parameter begins, without padding between them."""
+    return list(itertools.accumulate((p.numel() for p in params[:-1]), initial=0))
 
 
 def _of_whole_weights(flat: Tensor, group: Any, params: Sequence[Tensor], starts: Sequence[int]) -> Partition:
@@ -147,8 +142,8 @@ def _stage_3(zero: Any) -> Iterator[Partition]:
 def _flat_groups(wrapper: Any) -> Iterator[Partition]:
     """Yield whole groups in one tensor each, as they are without ZeRO."""
     for flat, params in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True):
-        starts = [sum(p.numel() for p in params[:i]) for i in range(len(params))]
-        yield flat, None, params, [(s, p.numel()) for s, p in zip(starts, params, strict=True)], [p.detach() for p in params]
+        parts = [(start, p.numel()) for start, p in zip(_one_after_the_other(params), params, strict=True)]
+        yield flat, None, params, parts, [p.detach() for p in params]
 
 
 # By the class that wraps the optimizer, and where it has the flat tensors; of a subclass it is not known what it does.

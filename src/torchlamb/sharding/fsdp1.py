@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlamb.sharding.layout import Layout, same, tell
+from torchlamb.sharding.layout import Layout, on_any, same, tell
 from torchlamb.sharding.place import Place
 
 # It has no public names for where things lie; these are of torch 2.13.
@@ -38,7 +38,7 @@ def tell_of_fsdp1(model: nn.Module) -> None:
             raise NotImplementedError(
                 f"torch {torch.__version__} keeps FSDP1's flat parameters in another way ({error}); it was tested with {TESTED}"
             ) from error
-        wrong += _on_any(misplaced, handle, module)
+        wrong += on_any(misplaced, (handle.process_group, _replicas(module)), handle.device)
     if wrong:
         raise RuntimeError(
             f"flat parameters do not hold the weights where FSDP1 says, on this or another process: {', '.join(wrong)}; it was "
@@ -111,11 +111,3 @@ def _misplaced(handle: Any, names: Mapping[Any, str]) -> Iterator[str]:
         here = shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
         if weight.shape != shape or not same(wanted.to(here.device, here.dtype), here):
             yield f"{names.get(owner, '')}.{name}".lstrip(".")
-
-
-def _on_any(wrong: list[str], handle: Any, module: Any) -> list[str]:
-    """Return what is wrong here, or that something is elsewhere: all processes raise, or none."""
-    found = torch.tensor(float(bool(wrong)), device=handle.device)
-    for group in filter(None, (handle.process_group, _replicas(module))):
-        torch.distributed.all_reduce(found, group=group)
-    return wrong or (["of another process"] if found.item() else [])

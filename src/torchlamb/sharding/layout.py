@@ -190,6 +190,17 @@ def same(found: Tensor, wanted: Tensor) -> bool:
     return found.numel() == wanted.numel() and torch.allclose(found.flatten(), wanted.flatten(), 0.0, 0.0, equal_nan=True)
 
 
+def on_any(wrong: list[str], groups: Iterable[ProcessGroup | None], device: torch.device | str) -> list[str]:
+    """Return what is wrong here, or that something is on another process of the groups: all of them raise, or none."""
+    elsewhere = False
+    for group in groups:
+        if group is not None:
+            found = torch.tensor(float(bool(wrong)), device=device)
+            torch.distributed.all_reduce(found, group=group)
+            elsewhere |= bool(found.item())
+    return wrong or (["some of another process"] if elsewhere else [])
+
+
 # The local tensor.
 
 
