@@ -262,6 +262,7 @@ def what_flat_parts_cannot_do_is_refused_by_name(_: int, original: bool) -> None
         optimizer.step()
         wanted.step()
         assert all(torch.equal(p, q) for p, q in zip(*blocks, strict=True))
+        torchlamb.Lamb(whole.parameters(), differentiable=True)
 
 
 @case(2, each={"original": True, "flat": False})
